@@ -1,0 +1,1 @@
+"""Pure tensors: masks, patterns, selection, criteria, allocations, schedules, costs, named generators."""

@@ -1,0 +1,1 @@
+"""The methods, one module each, on shelves; the folder is the registry."""

@@ -1,0 +1,25 @@
+"""What methods of this shelf share."""
+
+from __future__ import annotations
+
+from openwork.errors import MethodError
+
+
+def period(total_steps: int, every: int | None) -> int:
+    """Return the steps between two mask updates: as given, else a fortieth of the run and at most 100.
+
+    Raises:
+        MethodError: if the run or the period has no step.
+    """
+    if total_steps < 1:
+        raise MethodError(f"total_steps={total_steps!r}: training must take at least one step")
+    if every is not None and every < 1:
+        raise MethodError(f"every={every!r}: masks change every so many steps, at least 1")
+    return every or max(1, min(100, total_steps // 40))
+
+
+def unit(name: str, value: float) -> float:
+    """Return `value` if it lies in [0, 1], else raise a MethodError naming the argument."""
+    if not 0.0 <= value <= 1.0:
+        raise MethodError(f"{name}={value!r} is not in [0, 1]")
+    return value

@@ -1,0 +1,1 @@
+"""Layers and layer operations that two or more methods need."""

@@ -1,0 +1,1 @@
+"""Tables, plots and pages made from a results file; nothing here runs a model."""

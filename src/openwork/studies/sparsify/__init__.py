@@ -1,0 +1,1 @@
+"""Studies of methods that make a network sparse."""

@@ -1,0 +1,1 @@
+"""Training: one explicit loop, exact checkpoints, scores, and accuracy under attack."""
