@@ -31,7 +31,9 @@ def test_ece_takes_the_largest_probability() -> None:
 
 @given(
     # Multiples of 1/60 put many examples exactly on the edges of 10, 12, 15 and 20 bins.
-    cases=st.lists(st.tuples(st.one_of(st.integers(0, 60).map(lambda k: k / 60), st.floats(0, 1)), st.booleans()), min_size=1),
+    cases=st.lists(
+        st.tuples(st.one_of(st.integers(0, 60).map(lambda k: k / 60), st.floats(0, 1)), st.booleans()), min_size=1
+    ),
     bins=st.sampled_from([1, 3, 10, 12, 15, 20]),
 )
 def test_ece_is_the_definition(cases: list[tuple[float, bool]], bins: int) -> None:

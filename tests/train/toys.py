@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,16 @@ def net(seed: int = 0, *, norm: bool = True) -> nn.Module:
     for param in model.parameters():
         nn.init.normal_(param, std=0.3, generator=draw)
     return model
+
+
+def stop_at(step: int) -> Callable[[int, float], None]:
+    """Return a callback that interrupts training after `step` steps."""
+
+    def on_step(now: int, _loss: float) -> None:
+        if now == step - 1:
+            raise KeyboardInterrupt
+
+    return on_step
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

@@ -101,7 +101,8 @@ def top_globally(scores: Mapping[str, Tensor], density: float) -> dict[str, Tens
     if not scores:
         return {}
     flat = torch.cat([score.detach().reshape(-1).double() for score in scores.values()])
-    parts = top(flat, count_of(density, flat.numel())).split([score.numel() for score in scores.values()])
+    kept = top(flat, count_of(density, flat.numel()))
+    parts = torch.split(kept, [score.numel() for score in scores.values()])
     return {name: part.reshape(scores[name].shape) for name, part in zip(scores, parts, strict=True)}
 
 

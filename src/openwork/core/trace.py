@@ -159,9 +159,10 @@ class _Home:
 def _origins(op: Any, args: Any, out: Tensor) -> Iterator[tuple[Tensor, _Ints | None]]:
     """Yield the tensors, and the rows of them, that `out` may be a copy of."""
     filled = op is _aten.masked_fill and not isinstance(args[2], Tensor) and args[2] == 0
-    if op in _ZERO_KEEPING or filled:
+    if op in _COPYING or op in _ZERO_KEEPING or filled:
         for arg in args[:1] if op in (_aten.div, _aten.div_) else args:
-            if isinstance(arg, Tensor) and arg.shape == out.shape and arg.dim() > 1:
+            # a vector times a vector is a norm's scale on activations, not a gate on a weight
+            if isinstance(arg, Tensor) and arg.shape == out.shape and (arg.dim() > 1 or op in _COPYING):
                 yield arg, None
     index = None
     if op is _aten.index_select and args[1] == 0:
@@ -187,7 +188,7 @@ def _bilinear(*args: Any, **_: Any) -> int:
         for dim in dims:
             tensor = tensor.unsqueeze(dim)
         shapes.append(tuple(tensor.shape))
-    return 2 * math.prod([max(sizes) for sizes in zip(*shapes, strict=True)])
+    return int(2 * math.prod([max(sizes) for sizes in zip(*shapes, strict=True)]))
 
 
 def _linear(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
@@ -215,9 +216,10 @@ _WEIGHTS: dict[Any, _Ints] = {
     _aten.mv: (0, 1), _aten.addmv: (1, 2), _aten.dot: (1, 0), _aten.linear: (1, 0), _aten._trilinear: (1, 0, 2),
     _aten.convolution: (1, 0), _aten._convolution: (1, 0), _aten.cudnn_convolution: (1, 0),
 }  # fmt: skip
+_COPYING = {_aten.clone, _aten._to_copy}
 _ZERO_KEEPING = {
-    _aten.clone, _aten._to_copy, _aten.mul, _aten.mul_, _aten.div, _aten.div_, _aten.neg, _aten.sign, _aten.abs,
-    _aten.tanh, _aten._weight_norm_interface,
+    _aten.mul, _aten.mul_, _aten.div, _aten.div_, _aten.neg, _aten.neg_, _aten.sign, _aten.abs, _aten.tanh,
+    _aten._weight_norm_interface,
 }  # fmt: skip
 _BUILT_IN = ("aten", "prim", "prims", "profiler")
 

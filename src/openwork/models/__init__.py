@@ -11,9 +11,9 @@ from openwork.models.catalog import names
 
 if TYPE_CHECKING:
     from openwork.models.building import build
-    from openwork.models.outputs import logits, preflight, rows
+    from openwork.models.outputs import logits, preflight
 
-__all__ = ["build", "logits", "names", "preflight", "rows"]
+__all__ = ["build", "logits", "names", "preflight"]
 
 
 def __getattr__(name: str) -> Any:

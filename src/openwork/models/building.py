@@ -64,9 +64,7 @@ def build(
     raise _unknown(ref)
 
 
-def _reference(
-    family: catalog.Family, ref: str, shape: tuple[int, ...], classes: int, options: dict[str, Any]
-) -> nn.Module:
+def _reference(family: catalog.Family, ref: str, shape: tuple[int, ...], classes: int, options: dict[str, Any]) -> nn.Module:
     make = importlib.import_module(f"openwork.models.{family.module}").build
     _check_options(ref, make, options)
     model: nn.Module = make(ref, shape, classes, **options)

@@ -61,7 +61,5 @@ def _literals(path: Path) -> dict[str, tuple[str, ...] | str]:
     return {
         node.targets[0].id: ast.literal_eval(node.value)
         for node in tree.body
-        if isinstance(node, ast.Assign)
-        and isinstance(node.targets[0], ast.Name)
-        and node.targets[0].id in {"NAMES", "FORM"}
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in {"NAMES", "FORM"}
     }

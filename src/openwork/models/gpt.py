@@ -24,9 +24,7 @@ class GPT(nn.Module):
     Sequences shorter than `length` are fine. With `tied`, the readout is the embedding itself.
     """
 
-    def __init__(
-        self, length: int, vocabulary: int, width: int, depth: int, heads: int, dropout: float, tied: bool
-    ) -> None:
+    def __init__(self, length: int, vocabulary: int, width: int, depth: int, heads: int, dropout: float, tied: bool) -> None:
         super().__init__()
         self.token = nn.Embedding(vocabulary, width)
         self.position = nn.Embedding(length, width)

@@ -52,9 +52,7 @@ def build(path: str, *, classes: int, options: Mapping[str, Any]) -> nn.Module:
 def _config(transformers: Any, path: str, entries: dict[str, Any], options: Mapping[str, Any]) -> Any:
     kind = entries.pop("model_type", None)
     if kind not in transformers.CONFIG_MAPPING:
-        raise ModelError(
-            f"{path!r} has model_type {kind!r}: transformers {transformers.__version__} knows no such type"
-        )
+        raise ModelError(f"{path!r} has model_type {kind!r}: transformers {transformers.__version__} knows no such type")
     config_class = transformers.CONFIG_MAPPING[kind]
     known = sorted(config_class().to_dict().keys() | entries.keys())
     for name in options:
@@ -66,9 +64,7 @@ def _config(transformers: Any, path: str, entries: dict[str, Any], options: Mapp
 def _read(path: str) -> dict[str, Any]:
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        raise ModelError(
-            f"there is no file {str(file)!r}: hf: takes a local config.json or its folder and never downloads"
-        )
+        raise ModelError(f"there is no file {str(file)!r}: hf: takes a local config.json or its folder and never downloads")
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

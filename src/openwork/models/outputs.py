@@ -1,4 +1,4 @@
-"""What comes out of a model: its logits, their agreement with the labels, and a check before training starts."""
+"""What comes out of a model: its logits, and a check against the data before training starts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from openwork.core.metrics import IGNORED
 from openwork.errors import ModelError
 
 
@@ -33,29 +34,6 @@ def logits(output: Any) -> Tensor:
     )
 
 
-def rows(output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return logits as (n, classes) and labels as (n,), one row a prediction, for cross-entropy and accuracy.
-
-    Args:
-        output: logits (batch, classes); (batch, ..., classes) as language models give them; or (batch, classes, ...).
-        y: labels (batch,) or (batch, ...). Where both readings fit, the classes are last.
-
-    Raises:
-        ModelError: if the shapes agree in neither way.
-    """
-    if output.ndim >= 2 and y.shape == output.shape[:-1]:
-        return output.flatten(0, -2), y.flatten()
-    if output.ndim >= 3 and y.shape == (output.shape[0], *output.shape[2:]):
-        return output.movedim(1, -1).flatten(0, -2), y.flatten()
-    fitting = [(*y.shape, "classes")] if y.ndim else []
-    if y.ndim > 1:
-        fitting.append((y.shape[0], "classes", *y.shape[1:]))
-    raise ModelError(
-        f"the model's output has shape {_written(output.shape)}, the labels {_written(y.shape)}: "
-        f"expected an output of {' or '.join(map(_written, fitting)) or 'more than one example'}"
-    )
-
-
 def preflight(model: nn.Module, x: Tensor, y: Tensor, *, classes: int | None = None) -> None:
     """Run one batch through the model and check that training on it makes sense; leaves no trace in the model.
 
@@ -64,7 +42,8 @@ def preflight(model: nn.Module, x: Tensor, y: Tensor, *, classes: int | None = N
     Args:
         model: the model, on the batch's device.
         x: one batch of inputs.
-        y: its labels, whole numbers.
+        y: its labels, int64: (batch,), or (batch, tokens) for a language model; `core.metrics.IGNORED` marks those
+            that do not count.
         classes: classes of the data, where known; the model must have at least as many outputs.
 
     Raises:
@@ -76,10 +55,15 @@ def preflight(model: nn.Module, x: Tensor, y: Tensor, *, classes: int | None = N
     output = logits(_forward(model, x))
     if not output.is_floating_point():
         raise ModelError(f"the model's output is {_kind(output)}: logits are floating-point numbers")
-    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-        raise ModelError(f"the labels are {_kind(y)}: they must be whole numbers, the classes from 0")
-    flat, labels = rows(output, y)
-    outputs = flat.shape[1]
+    if y.dtype != torch.int64:
+        raise ModelError(f"the labels are {_kind(y)}: they must be int64, the classes counted from 0")
+    if not output.ndim or output.shape[:-1] != y.shape or y.shape[:1] != x.shape[:1]:
+        raise ModelError(
+            f"the model's output has shape {_written(output.shape)} for {x.shape[0]} examples with labels of shape "
+            f"{_written(y.shape)}: expected the labels' shape with the classes as a last axis, "
+            f"{_written([*y.shape, 'classes'])}"
+        )
+    outputs, labels = output.shape[-1], y[y != IGNORED]
     if classes is not None and outputs < classes:
         raise ModelError(f"the model has {outputs} outputs, the data {classes} classes")
     if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < outputs:
@@ -113,14 +97,19 @@ def _expected(model: nn.Module, x: Tensor) -> str:
     if isinstance(recipe, dict) and tuple(recipe["input_shape"]) != tuple(x.shape[1:]):
         words.append(f"examples of shape {_written(recipe['input_shape'])}")
     parameter = next(model.parameters(), None)
-    if parameter is not None and parameter.dtype != x.dtype:
-        tokens = isinstance(next((m for m in model.modules() if not list(m.children())), None), nn.Embedding)
-        if tokens and x.is_floating_point():
-            words.append("int64 token numbers")
-        elif not tokens:
-            words.append(f"type {_kind(parameter)}")
-    if parameter is not None and parameter.device != x.device:
+    if parameter is None:
+        return _listed(words)
+    first = next(module for module in model.modules() if next(module.children(), None) is None)
+    if not isinstance(first, nn.Embedding) and parameter.dtype != x.dtype:
+        words.append(f"type {_kind(parameter)}")
+    elif isinstance(first, nn.Embedding) and x.is_floating_point():
+        words.append("int64 token numbers")
+    if parameter.device != x.device:
         words.append(f"device {parameter.device} (the batch is on {x.device})")
+    return _listed(words)
+
+
+def _listed(words: list[str]) -> str:
     return f", where it expects {' and '.join(words)}" if words else ""
 
 

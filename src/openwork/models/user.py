@@ -26,7 +26,11 @@ def build(ref: str, *, input_shape: tuple[int, ...], classes: int, seed: int, op
     offered = {"input_shape": input_shape, "classes": classes, "seed": seed}
     if clash := sorted(offered.keys() & options.keys()):
         raise ModelError(f"option {clash[0]!r} of {ref!r} comes from the data and the run; leave it out of the options")
-    arguments = _accepted(ref, inspect.signature(function), offered, options)
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{ref!r} does not tell its arguments: name a function written in Python") from error
+    arguments = _accepted(ref, signature, offered, options)
     try:
         model = function(**arguments)
     except OpenworkError:

@@ -26,9 +26,7 @@ def kept_modes(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def recalibrate_norm(
-    model: nn.Module, batches: Iterable[Any], momentum: float | None = None, share: float = 1.0
-) -> int:
+def recalibrate_norm(model: nn.Module, batches: Iterable[Any], momentum: float | None = None, share: float = 1.0) -> int:
     """Measure the running statistics of all batch-norm layers again; no weight changes.
 
     Only the batch-norm layers run in train mode, everything else (dropout) in eval mode. By default every example

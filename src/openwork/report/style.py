@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from openwork.report.summary import DENSE
 
 INK = "#010203"
-"""Stands for the page's text colour; `openwork.report.svg` replaces it."""
+"""Stands for the text colour of the page; `openwork.report.svg` replaces it."""
 
-PALETTE = ("#0077bb", "#d9601a", "#009980", "#c2408b", "#8a7a00", "#7a64d0", "#c4364a", "#3b8f3b")
-"""Told apart with any common colour vision, and at least 3:1 against a light and a dark page."""
+LIGHT = ("#0162c9", "#b66542", "#193d02", "#9d87ba", "#af8c10", "#551073", "#6d2742", "#3ba187")
+DARK = ("#3874a6", "#c47525", "#a4e7ab", "#c88fa4", "#e8d861", "#a393ff", "#c83e4d", "#6fe7ff")
+"""Eight hues each, for a light and a dark page: at least 3:1 against it, and told apart with any common colour vision."""
+
+PAGE_LIGHT, PAGE_DARK = "#fffefa", "#16181b"
+TEXT_LIGHT, TEXT_DARK = "#22242a", "#dcdad4"
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", "h", ">")
 DASHES: tuple[tuple[float, ...], ...] = ((), (5.0, 2.0), (1.5, 1.5), (6.0, 2.0, 1.5, 2.0))
@@ -19,24 +24,29 @@ DASHES: tuple[tuple[float, ...], ...] = ((), (5.0, 2.0), (1.5, 1.5), (6.0, 2.0, 
 
 @dataclass(frozen=True)
 class Style:
-    """How one method is drawn; `dash` is empty for a solid line, in points."""
+    """How one method is drawn: colour, marker and dash (on, off, ... in points; empty for a solid line)."""
 
     colour: str
     marker: str
     dash: tuple[float, ...]
 
+    @property
+    def line(self) -> tuple[float, tuple[float, ...]] | Literal["-"]:
+        """The dash as matplotlib wants it."""
+        return (0.0, self.dash) if self.dash else "-"
 
-def styles(methods: Sequence[str]) -> dict[str, Style]:
-    """Return a style for each method in order: the same in every plot; dense is drawn in ink.
+
+def styles(lines: Sequence[str]) -> dict[str, Style]:
+    """Return a style for each line in order: the same in every plot; dense is drawn in ink.
 
     The first eight differ in colour and in marker; from the ninth on colours return with other markers and dashes.
     """
     found: dict[str, Style] = {}
-    for method in methods:
-        if method == DENSE:
-            found[method] = Style(INK, "o", ())
-        else:
+    for name in lines:
+        if name == DENSE:
+            found[name] = Style(INK, "o", ())
+        elif name not in found:
             at = len(found) - (DENSE in found)
-            lap = at // len(PALETTE)
-            found[method] = Style(PALETTE[at % len(PALETTE)], MARKERS[at % len(MARKERS)], DASHES[lap % len(DASHES)])
+            lap = at // len(LIGHT)
+            found[name] = Style(LIGHT[at % len(LIGHT)], MARKERS[at % len(MARKERS)], DASHES[lap % len(DASHES)])
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -45,10 +46,32 @@ class Standing:
         return all(rival.clear for rival in self.rivals)
 
 
+@dataclass(frozen=True)
+class Main:
+    """The metric that a table is about: its name, its heading, and whether it is a share shown in percent."""
+
+    name: str
+    heading: str
+    share: bool
+
+
+def main_metric(results: Results) -> Main:
+    """Return the first of the results' columns; accuracy if they name none."""
+    name, heading = next(iter((results.get("columns") or {"accuracy": "accuracy"}).items()))
+    return Main(str(name), str(heading), str(name).endswith("accuracy"))
+
+
+def line_of(entry: Row) -> str:
+    """Return the line that a row or an arm belongs to: its arm's name without the density; "dense" for dense."""
+    name = str(entry.get("arm") or entry.get("name") or entry.get("method"))
+    return DENSE if entry.get("method") == DENSE else re.sub(r"(?<=.)@[\d.e-]+$", "", name)
+
+
 def rows(results: Results) -> list[Row]:
-    """Return the rows: dense first, then by falling density and, within one density, falling accuracy."""
+    """Return the rows: dense first, then by falling density; within one density shares fall, others keep their order."""
     found = [row for row in results.get("rows") or [] if isinstance(row, Mapping)]
-    return sorted(found, key=lambda row: (row.get("method") != DENSE, -_density(row), -_mean(row)))
+    share = main_metric(results).share
+    return sorted(found, key=lambda row: (row.get("method") != DENSE, -_density(row), -_mean(row) if share else 0.0))
 
 
 def densities(results: Results) -> list[float]:
@@ -56,19 +79,23 @@ def densities(results: Results) -> list[float]:
     return sorted({_density(row) for row in rows(results) if row.get("method") != DENSE}, reverse=True)
 
 
-def methods(results: Results) -> list[str]:
-    """Return the methods in the order of the recipe's arms, dense first where it is there."""
+def lines(results: Results) -> list[str]:
+    """Return the lines in the order of the recipe's arms, dense first where it is there."""
     listed = [*(results.get("arms") or []), *(results.get("rows") or [])]
-    names = dict.fromkeys(str(entry["method"]) for entry in listed if isinstance(entry, Mapping) and "method" in entry)
+    names = dict.fromkeys(line_of(entry) for entry in listed if isinstance(entry, Mapping))
     return sorted(names, key=lambda name: name != DENSE)
 
 
 def standings(results: Results) -> list[Standing]:
-    """Return who leads at each density, the largest density first; rows without an accuracy do not compete."""
-    values = collect(results.get("trials") or []).get("accuracy", {})
-    known = {
-        arm: {s: v for s, v in seeds.items() if v is not None and math.isfinite(v)} for arm, seeds in values.items()
-    }
+    """Return who leads at each density, the largest density first; rows without an accuracy do not compete.
+
+    Where the main metric is no accuracy, nothing says which side is better, and nobody leads.
+    """
+    main = main_metric(results)
+    if not main.share:
+        return []
+    values = collect(results.get("trials") or []).get(main.name, {})
+    known = {arm: {s: v for s, v in seeds.items() if v is not None and math.isfinite(v)} for arm, seeds in values.items()}
     reference = next((row["arm"] for row in rows(results) if row.get("method") == DENSE), None)
     found = []
     for density in densities(results):
@@ -93,7 +120,7 @@ def headline(results: Results) -> str:
         return _claims_headline(results["claims"])
     found = standings(results)
     if not found:
-        return "No arm of this comparison has a result."
+        return failures(results)
     return _leaders(found) if any(standing.rivals for standing in found) else _lone(found)
 
 
@@ -103,9 +130,8 @@ def sentences(results: Results) -> list[tuple[str, str]]:
 
 
 def seeds_of(results: Results, row: Row) -> tuple[int, int]:
-    """Return how many seeds of a row's arm ended well and how many were asked for."""
-    ended = int(finite(row.get("n")) or 0)
-    asked = sum(trial.get("arm") == row.get("arm") for trial in results.get("trials") or [])
+    """Return how many seeds of a row's arm have the main metric, and how many were asked for."""
+    ended, asked = (int(finite(row.get(name)) or 0) for name in ("n", "seeds"))
     return ended, max(asked, ended)
 
 
@@ -121,9 +147,7 @@ def failures(results: Results) -> str:
         return f"All {count(total, 'trial')} ended well." if total > 1 else f"{count(total, 'trial')}, none failed."
     kinds = Counter(visible(trial.get("status"), 20) for trial in lost)
     return (
-        f"{len(lost)} of {count(total, 'trial')} did not end well: "
-        + listing([f"{n} {k}" for k, n in kinds.items()])
-        + "."
+        f"{len(lost)} of {count(total, 'trial')} did not end well: " + listing([f"{n} {k}" for k, n in kinds.items()]) + "."
     )
 
 
@@ -223,4 +247,4 @@ def _range(interval: Interval) -> str:
 
 
 def _name(row: Row) -> str:
-    return visible(row.get("method"), 40)
+    return visible(line_of(row), 40)

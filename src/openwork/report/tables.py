@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from openwork.report.summary import DENSE, Results, Row, rows, seeds_of
+from openwork.report.summary import DENSE, Results, Row, line_of, main_metric, rows, seeds_of
 from openwork.report.text import (
     NOTHING,
     finite,
@@ -28,6 +28,13 @@ from openwork.report.text import (
 if TYPE_CHECKING:
     from rich.table import Table
 
+_RATIOS = {
+    "training_flops": ("train", "training FLOPs, dense = 1"),
+    "steps": ("steps", "optimizer steps, dense = 1"),
+    "inference_flops": ("infer", "inference FLOPs, dense = 1"),
+    "bytes": ("size", "bytes on disk, dense = 1"),
+    "latency": ("speed", "measured, times as fast as dense"),
+}
 STYLES = {"holds": "green", "leans": "yellow", "fails": "red", "not testable here": "dim"}
 
 
@@ -44,19 +51,21 @@ class Column:
 def columns(results: Results) -> list[Column]:
     """Return the columns that at least one row fills: method and density first, seeds last."""
     found = rows(results)
+    main = main_metric(results)
     digits = _digits(found)
+    show, change = (scaled, points) if main.share else (significant, significant)
+    unit = ", in %" if main.share else ""
     every = [
-        Column("method", "", lambda row: visible(row.get("method"), 40), number=False),
+        Column("method", "", lambda row: visible(line_of(row), 40), number=False),
         Column("density", "share of weights kept", lambda row: percent(row.get("density"))),
-        Column(
-            "accuracy", "mean ± half the 95 % interval, in %", lambda row: _interval(row, "accuracy", scaled, digits)
+        Column(visible(main.heading, 30), f"mean ± half the 95 % interval{unit}", _pair("accuracy", show, digits)),
+        Column("vs dense", "paired by seed" + (", in points" if main.share else ""), _pair("difference", change, digits)),
+        *(
+            Column(visible(heading, 30), "mean ± half the 95 % interval", _extra(str(name)))
+            for name, heading in (results.get("columns") or {}).items()
+            if name != main.name and name not in _RATIOS
         ),
-        Column("vs dense", "paired difference, in points", lambda row: _interval(row, "difference", points, digits)),
-        Column("train", "training FLOPs, dense = 1", lambda row: ratio(row.get("training_flops"))),
-        Column("steps", "optimizer steps, dense = 1", lambda row: _unless_one(row.get("steps"))),
-        Column("infer", "inference FLOPs, dense = 1", lambda row: ratio(row.get("inference_flops"))),
-        Column("size", "bytes on disk, dense = 1", lambda row: ratio(row.get("bytes"))),
-        Column("speed", "measured, times as fast as dense", lambda row: ratio(row.get("latency"))),
+        *(Column(title, meaning, _ratio(name)) for name, (title, meaning) in _RATIOS.items()),
         Column("seeds", "that ended well", lambda row: _seeds(*seeds_of(results, row))),
     ]
     return [column for column in every if any(column.cell(row) != NOTHING for row in found)]
@@ -108,13 +117,14 @@ def claim_cells(claim: Mapping[str, Any]) -> tuple[str, str, str, str]:
     return visible(claim.get("text"), 300), estimate, interval, probability(claim.get("adjusted_p"))
 
 
-CSV_FIELDS = ("arm", "method", "density", "n", "asked", "kept", "accuracy", "accuracy_low", "accuracy_high", "difference",
-              "difference_low", "difference_high", "training_flops", "inference_flops", "bytes", "latency", "steps",
-              "note")  # fmt: skip
+CSV_FIELDS = (
+    *("arm", "method", "density", "n", "asked", "kept", "accuracy", "accuracy_low", "accuracy_high", "difference"),
+    *("difference_low", "difference_high", "training_flops", "inference_flops", "bytes", "latency", "steps", "note"),
+)
 
 
 def csv_text(results: Results) -> str:
-    """Return the rows as CSV with every digit; a cell of text that a spreadsheet would run starts with an apostrophe."""
+    """Return the rows as CSV with every digit; text that a spreadsheet would run starts with an apostrophe."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(CSV_FIELDS)
@@ -170,18 +180,33 @@ def _digits(found: Sequence[Row]) -> int:
     return 2 if widths and statistics.median(widths) < 0.0015 else 1
 
 
-def _interval(row: Row, name: str, show: Callable[[object, int], str], digits: int) -> str:
-    interval = row.get(name)
-    if not isinstance(interval, Mapping):
-        return NOTHING
-    width = spread(interval)
-    mean = show(interval.get("mean"), digits)
-    return mean if width is None else f"{mean} ± {scaled(width, digits)}"
+def _pair(name: str, show: Callable[[object, int], str], digits: int) -> Callable[[Row], str]:
+    """Return what shows an interval as its mean ± half its width."""
+
+    def cell(row: Row) -> str:
+        interval = row.get(name)
+        if not isinstance(interval, Mapping):
+            return NOTHING
+        width = spread(interval)
+        half = (significant if show is significant else scaled)(width, digits)
+        return show(interval.get("mean"), digits) + ("" if width is None else f" ± {half}")
+
+    return cell
 
 
-def _unless_one(value: object) -> str:
-    number = finite(value)
-    return NOTHING if number is None or abs(number - 1.0) < 0.005 else ratio(number)
+def _extra(name: str) -> Callable[[Row], str]:
+    show = scaled if name.endswith("accuracy") else significant
+    return lambda row: _pair(name, show, 1)(row.get("metrics") or {})
+
+
+def _ratio(name: str) -> Callable[[Row], str]:
+    """Return what shows a ratio; where every arm takes the same steps there is nothing to show."""
+
+    def cell(row: Row) -> str:
+        number = finite(row.get(name))
+        return NOTHING if name == "steps" and number is not None and abs(number - 1.0) < 0.005 else ratio(number)
+
+    return cell
 
 
 def _seeds(ended: int, asked: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
+from collections.abc import Mapping
 
 _ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\^_])")
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})  # controls, marks without a width, lone surrogates, separators
@@ -69,7 +70,7 @@ def ratio(value: object) -> str:
     return f"{number:.2f}" if abs(number) >= 0.1 or number == 0.0 else f"{number:.2g}"
 
 
-def significant(value: object) -> str:
+def significant(value: object, digits: int = 1) -> str:
     """Return a number of unknown unit with three significant digits."""
     number = finite(value)
     return NOTHING if number is None else _short(number).replace("-", MINUS)
@@ -85,7 +86,7 @@ def probability(value: object) -> str:
 
 def spread(interval: object) -> float | None:
     """Return half the width of an interval {"mean", "low", "high"}, or None where it has none."""
-    if not isinstance(interval, dict):
+    if not isinstance(interval, Mapping):
         return None
     low, high = finite(interval.get("low")), finite(interval.get("high"))
     return None if low is None or high is None else (high - low) / 2.0

@@ -84,9 +84,7 @@ def write_state(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping
     try:
         text = json.dumps(manifest, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise FormatError(
-            f"metadata cannot be stored: {error}; keep to finite numbers, text, lists and dicts"
-        ) from error
+        raise FormatError(f"metadata cannot be stored: {error}; keep to finite numbers, text, lists and dicts") from error
     size = sum(part.size for part in parts)
     header = json.dumps(
         {

@@ -9,8 +9,8 @@ Three encodings, of which the smallest is taken:
             yet". The zeros after the last value are written as well, to within 254, so that the size of the packed
             data bounds the size of the tensor: one byte never stands for more than 255 entries.
 
-Multiplying by a mask turns dropped negative weights into -0.0. Where there are many, `bits+signs` and `gaps+signs` leave
-them out like zeros, and one bit for each entry left out says which zero it was.
+Multiplying by a mask turns dropped negative weights into -0.0. Where there are many, `bits+signs` and `gaps+signs`
+leave them out like zeros, and one bit for each entry left out says which zero it was.
 """
 
 from __future__ import annotations

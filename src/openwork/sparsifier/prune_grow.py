@@ -55,7 +55,7 @@ def shrink(masks: Mapping[str, Tensor], scores: Mapping[str, Tensor], density: f
     on = torch.cat([active[name].reshape(-1) for name in tiles])
     weights = torch.cat([torch.full((tiles[n].numel(),), s) for n, s in zip(tiles, sizes, strict=True)]).to(flat.device)
     chosen = _within(flat, on, weights, _best_of_each(list(active.values()), flat), goal)
-    parts = chosen.split([tile.numel() for tile in tiles.values()])
+    parts = torch.split(chosen, [tile.numel() for tile in tiles.values()])
     return {
         name: pattern.untile(part.reshape(tiles[name].shape), masks[name].shape)
         for name, part in zip(masks, parts, strict=True)
@@ -101,10 +101,8 @@ def prune_and_grow(
         return mask
     survivors = keep(active, pattern.tiles(drop), kept - count)
     score = pattern.tiles(grow)
-    if active.shape[0] == 1:
-        grown = keep(~survivors, score, count)
-    else:
-        grown = _fill_rows(survivors, score, active.sum(dim=1))
+    one = active.shape[0] == 1
+    grown = keep(~survivors, score, count) if one else _fill_rows(survivors, score, active.sum(dim=1))
     return pattern.untile(survivors | grown, mask.shape)
 
 

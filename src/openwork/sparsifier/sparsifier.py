@@ -7,7 +7,6 @@ masked weights are set to exactly zero.
 
 from __future__ import annotations
 
-from abc import ABC
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -34,7 +33,7 @@ Params = Mapping[str, nn.Parameter]
 Grads = Mapping[str, Tensor]
 
 
-class Sparsifier(ABC):
+class Sparsifier:
     """Base of every method that is masks over a model; write `initial`, `revise` or both.
 
     Args:
@@ -49,14 +48,15 @@ class Sparsifier(ABC):
     Attributes:
         masks: what is kept now; empty before `attach`.
         step: optimizer steps taken under this sparsifier.
-        every: the steps at which masks may change; None if that cannot be told beforehand.
+        every: the steps at which masks may change; by default any.
+        history: (step, kept weights of each masked parameter in order), at the start and after every change.
 
     Raises:
         MaskError: if the density is out of range.
         PatternError: if the pattern is unknown.
     """
 
-    every: Every | None = None
+    every = Every(1)
     skip_step = False  # leave the weights alone at a revision, as RigL's paper does
     clears_state = True  # reset optimizer state where weights are dropped or grown
 
@@ -81,6 +81,7 @@ class Sparsifier(ABC):
         self.generator = generator(seed, "sparsifier", type(self).__name__)
         self.masks = Masks({})
         self.step = 0
+        self.history: list[tuple[int, tuple[int, ...]]] = []
         self._choice, self._exclude = parameters, exclude
         self._params: dict[str, nn.Parameter] = {}
         self._optimizers: list[Optimizer] = []
@@ -109,6 +110,10 @@ class Sparsifier(ABC):
     def penalty(self) -> Tensor:
         """Return a term to add to the loss; zero unless a method regularises."""
         return torch.zeros(())
+
+    def needs_dense_gradient(self, step: int) -> bool:
+        """Tell whether this step needs the gradient of masked weights too; no unless a method says so."""
+        return False
 
     def born(self, name: str, weight: Tensor, where: Tensor) -> None:
         """Set the newly grown weights `weight[where]`; they are zero unless a method says otherwise."""
@@ -141,7 +146,7 @@ class Sparsifier(ABC):
         if self._params:
             raise MaskError(f"this {type(self).__name__} is attached already; call finalize() or build another")
         params = maskable(unwrap(model), self._choice, self._exclude)
-        stepping = [] if optimizer is None else [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)  # type: ignore[arg-type]
+        stepping = [] if optimizer is None else [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         for one in stepping:
             optimizers.check_optimizer(one, params)
         self._check_pattern(params)
@@ -156,6 +161,8 @@ class Sparsifier(ABC):
             self._restore(self._pending)
         self._hold()
         self.project()
+        if not self.history:
+            self._remember()
         return self
 
     def mask_gradients(self) -> None:
@@ -163,7 +170,7 @@ class Sparsifier(ABC):
 
         The dense gradients that a revision at this step needs are set aside first.
         """
-        if self.every is None or self.step in self.every:
+        if self.step in self.every:
             for name, param in self._params.items():
                 if name not in self._dense and param.grad is not None:
                     self._dense[name] = param.grad.detach().clone()
@@ -178,6 +185,7 @@ class Sparsifier(ABC):
     def state_dict(self) -> State:
         """Return step, masks (one bit a weight), generator and method state: tensors and plain values only."""
         state: State = {"step": self.step, "generator": self.generator.get_state()}
+        state["history"] = torch.tensor([[step, *kept] for step, kept in self.history], dtype=torch.int64)
         state |= {f"masks.{key}": value for key, value in self.masks.state_dict().items()}
         return state | {f"extra.{key}": value for key, value in self.extra_state().items()}
 
@@ -341,6 +349,10 @@ class Sparsifier(ABC):
             self.born(name, param, changed & masks[name])
         self.masks = masks
         self.project()
+        self._remember()
+
+    def _remember(self) -> None:
+        self.history.append((self.step, tuple(int(mask.sum()) for mask in self.masks.values())))
 
     def _check_masks(self, masks: Masks) -> Masks:
         for name, param in self._params.items():
@@ -373,6 +385,7 @@ class Sparsifier(ABC):
         masks = Masks.load({k.removeprefix("masks."): v for k, v in state.items() if k.startswith("masks.")})
         self.masks = self._check_masks(masks)
         self.step = int(state["step"])
+        self.history = [(row[0], tuple(row[1:])) for row in state["history"].tolist()]
         self.generator.set_state(state["generator"])
         self.load_extra_state({k.removeprefix("extra."): v for k, v in state.items() if k.startswith("extra.")})
         self._pending = None

@@ -51,11 +51,11 @@ class Stop:
             signal.signal(signal.SIGINT, self._ask)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.wanted:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+        if kind is None:
+            self.check()
 
     def check(self) -> None:
         """Raise the KeyboardInterrupt that was asked for since, if any."""
@@ -65,7 +65,7 @@ class Stop:
 
     def _ask(self, _number: int, _frame: FrameType | None) -> Any:
         if self.asked:
-            raise KeyboardInterrupt
+            self.check()
         self.asked = True
 
 

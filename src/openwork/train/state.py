@@ -165,7 +165,12 @@ def _restore_optimizer(snapshot: Snapshot, optimizer: Optimizer) -> None:
     if not all(key.isdecimal() and int(key) < len(params) for key in state):
         raise FormatError("the checkpoint's optimizer has more parameters than this one")
     for group, values in zip(optimizer.param_groups, groups, strict=True):
-        group.update(unpack(values, snapshot.tensors))
+        for name, value in unpack(values, snapshot.tensors).items():
+            # A learning rate that is a tensor is shared by the groups and maybe by the caller.
+            if isinstance(value, Tensor) and isinstance(group.get(name), Tensor):
+                group[name].copy_(value)
+            else:
+                group[name] = value
     optimizer.state.clear()
     for key, values in state.items():
         param = params[int(key)]

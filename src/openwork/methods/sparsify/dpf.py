@@ -77,6 +77,10 @@ class DPF(Sparsifier):
         self.behind = {name: param.detach().clone() for name, param in params.items()}
         return Masks.ones(params)
 
+    def needs_dense_gradient(self, step: int) -> bool:
+        """Every step updates the dense weights."""
+        return True
+
     def revise(self, params: Params, grads: Grads, step: int) -> Masks | None:
         """Choose the largest of the dense weights, whatever the mask was."""
         if step not in self.every:

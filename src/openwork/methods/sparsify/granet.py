@@ -104,6 +104,10 @@ class GraNet(Sparsifier):
             return Masks.ones(params)
         return self.random_masks(params, self.start_density)
 
+    def needs_dense_gradient(self, step: int) -> bool:
+        """Growth ranks the gradients of all weights at every update."""
+        return step in self.every and self.grow is criteria.gradient
+
     def revise(self, params: Params, grads: Grads, step: int) -> Masks | None:
         """Shrink to d_t over all layers (Eq. 2, 3), then regenerate r_t of every layer (Eq. 4, 5)."""
         if step not in self.every:

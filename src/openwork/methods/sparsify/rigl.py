@@ -78,6 +78,10 @@ class RigL(Sparsifier):
         """Return random masks at the allocated densities (Algorithm 1, line 1)."""
         return self.random_masks(params)
 
+    def needs_dense_gradient(self, step: int) -> bool:
+        """Growth ranks the gradients of all weights at every update."""
+        return step in self.every
+
     def revise(self, params: Params, grads: Grads, step: int) -> Masks | None:
         """Exchange f(t) of every layer (Algorithm 1, lines 7 to 12)."""
         if step not in self.every:

@@ -1,0 +1,104 @@
+"""One trial in a process of its own: `python -m openwork.lab.child FOLDER` runs the spec.json that lies there.
+
+A crash, an out-of-memory kill or a hang costs this trial only. The process ends when its parent does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from openwork.errors import DivergedError, OpenworkError, StoreError
+
+STORE_FAILED = 74  # sysexits.h: EX_IOERR; the parent stops the sweep, since the next trial would fail too
+
+
+def main(folder: str) -> int:
+    """Run the trial in `folder`, write its result.json, and return the exit status."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    place = Path(folder)
+    spec = json.loads((place / "spec.json").read_text(encoding="utf-8"))
+    started = time.monotonic()
+    try:
+        result = run(spec, place)
+    except StoreError as error:
+        print(error, file=sys.stderr)
+        return STORE_FAILED
+    result["timings"] = {"seconds": round(time.monotonic() - started, 3)}
+    from openwork.lab.store import write_result
+
+    try:
+        write_result(place, result)
+    except StoreError as error:
+        print(error, file=sys.stderr)
+        return STORE_FAILED
+    return 0
+
+
+def run(spec: dict[str, Any], place: Path) -> dict[str, Any]:
+    """Run one trial and return its result; errors become its status, except those of the store."""
+    import torch
+
+    from openwork.lab.spec import Trial
+    from openwork.lab.study import Work, find
+
+    trial = Trial.from_json(spec)
+    torch.set_num_threads(int(trial.identity.get("threads", 1)))
+    scratch = place / "scratch"
+    scratch.mkdir(exist_ok=True)
+    result: dict[str, Any] = {"key": trial.key, "arm": trial.arm.name, "seed": trial.seed, "error": None}
+    try:
+        study = find(trial.study)
+        config = study.config.read(trial.config)
+        outcome = study.run(config, trial.arm, trial.seed, Work(place, scratch, _Progress(place)))
+    except StoreError:
+        raise
+    except DivergedError as error:
+        return {**result, "status": "diverged", "error": str(error), "metrics": {}}
+    except OpenworkError as error:
+        return {**result, "status": "failed", "error": str(error), "metrics": {}}
+    except Exception as error:
+        traceback.print_exc()
+        return {**result, "status": "failed", "error": f"{type(error).__name__}: {error}"[:2000], "metrics": {}}
+    metrics = {name: float(value) for name, value in outcome.metrics.items()}
+    return {
+        **result,
+        "status": "ok",
+        "metrics": metrics,
+        "curves": outcome.curves,
+        "layers": outcome.layers,
+        "details": outcome.details,
+    }
+
+
+class _Progress:
+    """Writes the share that is done a few times a second; a torn or missing file harms nobody."""
+
+    def __init__(self, place: Path) -> None:
+        self._path, self._next = place / "progress.json", 0.0
+
+    def __call__(self, share: float) -> None:
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + 0.25
+            with contextlib.suppress(OSError):
+                self._path.write_text(f"{share:.4f}")
+
+
+def _end_with_parent() -> None:
+    """Wait for the pipe from the parent to close, then end at once: what is finished is on the disk."""
+    with contextlib.suppress(OSError, ValueError):
+        while os.read(0, 1024):
+            pass
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,70 @@
+"""How fast each arm's network is against dense, measured side by side in one process once all training is done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from openwork import atomic
+from openwork.errors import OpenworkError
+from openwork.lab import compare, environment
+from openwork.lab.recipe import Recipe
+from openwork.lab.sweep import Plan
+
+
+def measure(made: Plan, recipe: Recipe) -> dict[str, dict[str, float]]:
+    """Return for every arm `ratio` (dense time over its time, above 1 is faster), `ms` and `dense_ms`, for one example.
+
+    The first seed's model of each arm is accelerated and timed in turn with the dense one; medians. Measured once for
+    the same models on the same machine, then found again.
+    """
+    chosen = first_models(made)
+    place = made.store.folder / "latency.json"
+    asked = {"models": {arm: path.parent.name for arm, path in chosen.items()}, "machine": environment.processor()}
+    known = _read(place)
+    if known.get("asked") == asked:
+        return dict(known["found"])
+    found = _measure(chosen, recipe)
+    atomic.write_json(place, {"asked": asked, "found": found})
+    return found
+
+
+def first_models(made: Plan) -> dict[str, Path]:
+    """Return for every arm the model file of its first seed that ended well."""
+    chosen: dict[str, Path] = {}
+    for trial in made.trials:
+        path = made.store.place(trial) / compare.MODEL_FILE
+        if made.results.get(trial.key, {}).get("status") == "ok" and path.is_file():
+            chosen.setdefault(trial.arm.name, path)
+    return chosen
+
+
+def _measure(chosen: Mapping[str, Path], recipe: Recipe) -> dict[str, dict[str, float]]:
+    import torch
+
+    from openwork import runtime, saving
+
+    torch.set_num_threads(recipe.threads)
+    source = compare.load_source(recipe)
+    example, _ = next(iter(source.batches("test", 1)))
+    found: dict[str, dict[str, float]] = {}
+    dense = compare.build_model(recipe, source, 0).eval()
+    for arm, path in chosen.items():
+        try:
+            model = saving.load(path, compare.build_model(recipe, source, 0))
+            fast = runtime.accelerate(model, example, verbose=False)
+            times = runtime.measure({"dense": dense, arm: fast}, example)
+        except OpenworkError:
+            continue  # a model that cannot be timed has no ratio; its accuracy stands
+        found[arm] = {"ratio": times["dense"] / times[arm], "ms": 1e3 * times[arm], "dense_ms": 1e3 * times["dense"]}
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

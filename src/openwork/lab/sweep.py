@@ -1,0 +1,194 @@
+"""A study from plan to results: find what is finished, run the rest, judge, and write results.json."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from openwork import atomic
+from openwork.errors import StoreError, TrialError
+from openwork.lab import claims, environment
+from openwork.lab.execute import execute
+from openwork.lab.spec import Arm, Config, Trial, write_recipe
+from openwork.lab.stats import mean_interval, paired_interval
+from openwork.lab.store import Store, free_megabytes
+from openwork.lab.study import Study
+
+NEEDED_MEGABYTES = 64.0
+_MEANS = ("kept", "density", "inference_flops", "training_flops", "bytes", "steps")
+
+
+@dataclass
+class Plan:
+    """What a sweep consists of.
+
+    Attributes:
+        study: the study.
+        config: its configuration.
+        arms: what is compared.
+        trials: an arm with a seed each, seeds outermost so that early results cover all arms.
+        store: where results go.
+        results: results by trial key, those found finished to begin with.
+        stale: why finished trials of the same question are not used, if there are any.
+    """
+
+    study: Study
+    config: Config
+    arms: list[Arm]
+    trials: list[Trial]
+    store: Store
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    stale: str = ""
+
+    @property
+    def missing(self) -> list[Trial]:
+        """Return the trials that have no result yet."""
+        return [trial for trial in self.trials if trial.key not in self.results]
+
+
+def plan(study: Study, config: Config, folder: Path, *, threads: int = 1) -> Plan:
+    """Return the sweep of a study, with the trials that are finished already."""
+    store = Store(folder)
+    arms = list(study.arms(config))
+    identity = {**environment.identity(threads, study), **config.identity()}
+    full, content = config.model_dump(mode="json"), config.content()
+    trials = [
+        Trial(study.name, full, content, arm, seed, identity) for seed in range(config.seeds) for arm in arms
+    ]  # fmt: skip
+    unique = {trial.key: trial for trial in trials}
+    made = Plan(study, config, arms, list(unique.values()), store)
+    for trial in made.trials:
+        result = store.finished(trial)
+        if result is not None:
+            made.results[trial.key] = result
+    made.stale = _why(store, made.missing, identity)
+    return made
+
+
+def run(made: Plan, *, workers: int = 0, timeout: float | None = None, done: Callable[[Trial, dict[str, Any]], None]) -> None:
+    """Run what is missing; `done` is called with every trial as it ends.
+
+    Args:
+        made: the plan.
+        workers: trials at a time; 0 is one a core.
+        timeout: seconds that a trial may take.
+        done: called with trial and result.
+
+    Raises:
+        StoreError: if the disk is full or the folder cannot be written to; finished trials are kept.
+    """
+    missing = made.missing
+    if not missing:
+        return
+    free = free_megabytes(made.store.folder)
+    if free < NEEDED_MEGABYTES:
+        raise StoreError(
+            f"only {free:.0f} MB are free under {str(made.store.folder)!r} and a run needs {NEEDED_MEGABYTES:.0f}; free "
+            f"some and run the same command again ({len(made.results)} finished trials are kept)"
+        )
+
+    def keep(trial: Trial, result: dict[str, Any]) -> None:
+        made.results[trial.key] = result
+        done(trial, result)
+
+    try:
+        execute(missing, made.store, workers=workers or os.cpu_count() or 1, timeout=timeout, done=keep)
+    except StoreError as error:
+        raise StoreError(f"{error} ({len(made.results)} of {len(made.trials)} trials are finished and kept)") from error
+
+
+def results(made: Plan, *, preset: str | None = None, threads: int = 1, workers: int = 1) -> dict[str, Any]:
+    """Return everything that a report needs, in plain JSON values."""
+    trials = [made.results[trial.key] for trial in made.trials if trial.key in made.results]
+    return {
+        "format": 1,
+        "kind": "compare" if made.study.name == "compare" else "study",
+        "name": made.study.name,
+        "preset": preset,
+        "recipe": made.config.model_dump(mode="json"),
+        "recipe_text": write_recipe(made.config),
+        "environment": environment.describe(threads, workers),
+        "columns": dict(made.study.columns),
+        "about": made.study.about,
+        "arms": [asdict(arm) for arm in made.arms],
+        "trials": trials,
+        "latency": {},
+        "rows": [_row(arm, trials, made.config.seeds, made.study) for arm in made.arms],
+        "claims": [asdict(v) for v in claims.judge(made.study.claims(made.config), _values(trials))],
+    }
+
+
+def write(made: Plan, found: Mapping[str, Any]) -> Path:
+    """Write results.json and recipe.yaml into the run folder, atomically, and return the first's path."""
+    path = made.store.folder / "results.json"
+    atomic.write_json(path, _finite(found))
+    atomic.write_bytes(made.store.folder / "recipe.yaml", str(found["recipe_text"]).encode())
+    return path
+
+
+def complaints(made: Plan) -> TrialError | None:
+    """Return one error that says what went wrong in the trials that did not end well, or None."""
+    lost = [result for result in made.results.values() if result["status"] != "ok"]
+    if not lost:
+        return None
+    reasons: dict[str, list[str]] = {}
+    for result in lost:
+        reasons.setdefault(str(result["error"]), []).append(f"{result['arm']} seed {result['seed']}")
+    said = "; ".join(f"{_some(who)}: {why}" for why, who in reasons.items())
+    good = len(made.results) - len(lost)
+    return TrialError(f"{len(lost)} of {len(made.results)} trials did not end well ({said}); the other {good} are kept")
+
+
+def _row(arm: Arm, trials: Sequence[Mapping[str, Any]], seeds: int, study: Study) -> dict[str, Any]:
+    own = {t["seed"]: t["metrics"] for t in trials if t["arm"] == arm.name and t["status"] == "ok"}
+    dense = {t["seed"]: t["metrics"] for t in trials if t["arm"] == "dense" and t["status"] == "ok"}
+    main = next(iter(study.columns))
+    values = {seed: metrics[main] for seed, metrics in own.items() if main in metrics}
+    against = {seed: metrics[main] for seed, metrics in dense.items() if main in metrics}
+    row: dict[str, Any] = {"arm": arm.name, "method": arm.method, "density": arm.density, "n": len(values), "seeds": seeds}
+    row["accuracy"] = _interval(mean_interval(list(values.values()))) if values else None
+    paired = paired_interval(values, against) if values and against and arm.name != "dense" else None
+    row["difference"] = _interval(paired) if paired is not None and paired.n else None
+    for name in _MEANS:
+        found = [metrics[name] for metrics in own.values() if name in metrics]
+        row[name] = sum(found) / len(found) if found else None
+    row["metrics"] = {
+        name: _interval(mean_interval([m[name] for m in own.values() if name in m]))
+        for name in study.columns
+        if any(name in m for m in own.values())
+    }
+    return {**row, "latency": None, "note": arm.note}
+
+
+def _interval(found: Any) -> dict[str, float | None]:
+    return {"mean": found.mean, "low": found.low, "high": found.high}
+
+
+def _values(trials: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return claims.collect(trials)
+
+
+def _why(store: Store, missing: Sequence[Trial], identity: Mapping[str, Any]) -> str:
+    """Say why finished trials of the same question are not used: which part of their identity differs."""
+    differing: set[str] = set()
+    count = 0
+    for trial in missing:
+        others = store.others(trial)
+        count += bool(others)
+        differing |= {key for other in others for key in identity if other.get(key) != identity[key]}
+    if not count:
+        return ""
+    return f"{count} trials were run before under other conditions ({', '.join(sorted(differing))}) and are run again"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _finite(value: Any) -> Any:
+    """Return the value with numbers that JSON cannot hold as null."""
+    return json.loads(json.dumps(value, default=str), parse_constant=lambda _word: None)
