@@ -27,7 +27,7 @@ def cropped(image: Tensor, down: int, right: int, rows: int, columns: int) -> Te
 
 def turned(image: Tensor, degrees: float) -> Tensor:
     """Turn counter-clockwise on the screen (rows go down), bilinear, zeros from outside."""
-    channels, height, width = image.shape
+    height, width = image.shape[-2:]
     result = torch.zeros_like(image)
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     for i in range(height):

@@ -60,7 +60,7 @@ def test_a_plain_image_stays(kind: str) -> None:
     assert torch.allclose(corrupt(x, kind, 5), x, atol=1e-12)
 
 
-@pytest.mark.parametrize(("severity", "sigma"), enumerate((0.4, 0.6, 0.7, 0.8, 1.0), 1))
+@pytest.mark.parametrize(("severity", "sigma"), list(enumerate((0.4, 0.6, 0.7, 0.8, 1.0), 1)))
 def test_blur_is_scipys(severity: int, sigma: float) -> None:
     from scipy.ndimage import gaussian_filter
 
@@ -77,7 +77,7 @@ def test_blur_wider_than_the_image_is_scipys() -> None:
     assert np.allclose((corruptions.blur_matrix(3, 2.0) @ x).numpy(), expected, atol=1e-12)
 
 
-@pytest.mark.parametrize(("severity", "factor"), enumerate((0.75, 0.5, 0.4, 0.3, 0.15), 1))
+@pytest.mark.parametrize(("severity", "factor"), list(enumerate((0.75, 0.5, 0.4, 0.3, 0.15), 1)))
 def test_contrast_is_the_formula(severity: int, factor: float) -> None:
     x = images()
     mean = x.mean((2, 3), keepdim=True)

@@ -87,7 +87,7 @@ def make(
         ]  # fmt: skip
         claims = [verdict.as_dict() for verdict in judge(stated, collect(trials))]
     environment = {"openwork": "0.1.0", "torch": "2.13.0", "python": "3.11.2", "processor": "an x86-64 processor",
-                   "threads": 2, "date": "2026-03-01T12:00:00"}  # fmt: skip
+                   "threads": 2, "date": "2026-03-01 12:00 UTC"}  # fmt: skip
     recipe = {"data": {"name": "cifar10", "train": 20000, "augment": "crop, flip"}, "model": "resnet20",
               "methods": list(methods), "densities": list(densities), "seeds": seeds,
               "train": {"epochs": 12, "batch_size": 128, "lr": 0.1, "schedule": "cosine"}}  # fmt: skip
@@ -99,11 +99,16 @@ def make(
 def _trial(arm: str, seed: int, status: str, accuracy: float, density: float) -> dict[str, Any]:
     good = status == "ok"
     steps = np.linspace(0, 1800, 40)
-    loss = 0.25 + 2.05 * np.exp(-steps / 420.0) + 0.08 * (1.0 - accuracy) * 10 + 0.01 * np.sin(steps / 37.0 + seed)
+    loss = (
+        2.05 * np.exp(-steps / 420.0)
+        + 12.0 * (0.95 - accuracy) * (1.0 - np.exp(-steps / 300.0))
+        + 0.02 * np.sin(steps / 37.0 + seed)
+    )
     layers = {}
     for at, (layer, shape) in enumerate(SHAPES.items()):
         total = int(np.prod(shape))
-        share = min(1.0, density * (1.0 + (1.5 if not arm.startswith("magnitude") else 0.3) * (2 - at) ** 2 / 4.0))
+        tilt = sum(map(ord, arm.partition("@")[0])) % 7 / 4.0
+        share = min(1.0, density * (1.0 + tilt * (2 - at) ** 2 / 4.0))
         layers[layer] = {"kept": round(share * total), "total": total, "shape": list(shape)}
     return {
         "key": f"{arm}-{seed}",

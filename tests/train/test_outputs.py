@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
@@ -14,17 +11,6 @@ from openwork.errors import ModelError
 from openwork.train import outputs
 
 SCORES = torch.randn(2, 3, 5, generator=generator(0, "outputs"))
-
-
-@pytest.mark.parametrize("output", [SCORES, (SCORES, "cache"), [SCORES], SimpleNamespace(logits=SCORES)])
-def test_logits_are_found(output: Any) -> None:
-    assert outputs.logits(output) is SCORES
-
-
-@pytest.mark.parametrize("output", [None, (), {"scores": SCORES}, SimpleNamespace(logits=None), ("x",)])
-def test_other_outputs_are_refused(output: Any) -> None:
-    with pytest.raises(ModelError, match=f"returned a {type(output).__name__}; expected logits"):
-        outputs.logits(output)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])

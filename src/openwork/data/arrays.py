@@ -65,7 +65,7 @@ class Arrays:
         """Yield the batches of an epoch, shuffled and augmented: a pure function of the arguments."""
         x, y = self.parts["train"]
         for index, places in enumerate(batching.shuffled(self.train_size, seed, epoch, batch_size)):
-            batch = x[places]
+            batch = x.index_select(0, places)  # several times faster than x[places]
             if self._augment is not None:
                 batch = self._augment(batch, generator(seed, "augment", epoch, index))
             yield self._standardised(batch), y[places]
@@ -101,7 +101,7 @@ class Arrays:
     def _standardised(self, x: Tensor) -> Tensor:
         if self.unit is None:
             return x
-        return x.float().mul(self._factor).add_(self._offset)
+        return x.to(torch.float32, copy=True).mul_(self._factor).add_(self._offset)
 
 
 def part(parts: Mapping[str, Pair], split: str, name: str) -> Pair:

@@ -121,6 +121,8 @@ def _tensor(value: Any, place: str, what: str) -> Tensor:
             array = np.asarray(value)
         except Exception as error:
             raise DataError(f"{place} have {what} that are no array: {error}") from error
+        if array.ndim == 0:
+            raise DataError(f"{place} have {what} without an axis for the examples")
         if array.dtype.kind not in "fiubc":
             raise DataError(f"{place} have {what} of type {array.dtype} ({type(value).__name__}); expected numbers")
         wide = {"f": "=f8", "c": "=c16"}.get(array.dtype.kind, "=i8")

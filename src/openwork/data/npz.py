@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import zipfile
 import zlib
 from pathlib import Path
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
 
 PARTS = ("train", "test", "validation")
 
+# What a damaged or hostile archive raises; RuntimeError for encryption and unknown compression, MemoryError for a
+# header that promises more than there is.
+_BROKEN: tuple[type[Exception], ...] = (OSError, EOFError, ValueError, LookupError, RuntimeError, OverflowError)
+_BROKEN += (MemoryError, AttributeError, zipfile.BadZipFile, zlib.error, struct.error)
+
 
 def load(ref: str, options: Options) -> Arrays:
     """Return the source of the archive at `ref`; see `prepare.own` for what the arrays may hold.
@@ -26,12 +32,13 @@ def load(ref: str, options: Options) -> Arrays:
     """
     found = path(ref)
     try:
-        with found.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
+        with found.open("rb") as stream:
+            archive = np.load(stream, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("it holds a single array")
             arrays: dict[str, Any] = {name: archive[name] for name in archive.files if name[2:] in PARTS}
-    except (OSError, EOFError, ValueError, AttributeError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except _BROKEN as error:
         raise DataError(f"{ref!r} cannot be read as an archive of plain arrays: {error}") from error
-    except NotImplementedError as error:  # a compression that zipfile does not know
-        raise DataError(f"{ref!r} cannot be unpacked: {error}") from error
     parts = {part: (arrays[f"x_{part}"], arrays[f"y_{part}"]) for part in PARTS if _whole(arrays, part, ref)}
     return own(found.name, parts, options)
 

@@ -107,11 +107,14 @@ def _kind(part: Any, place: str) -> str:
         raise DataError(f"{place} come as a {type(part).__name__}, which can be gone through once: return a list of it")
     if isinstance(part, DataLoader | list | tuple):
         return "loader"
-    if hasattr(part, "__iter__") and not hasattr(part, "shape") and not isinstance(part, str | bytes | Mapping):
-        if iter(part) is iter(part):
+    plain = hasattr(part, "shape") or isinstance(part, str | bytes | Mapping)
+    if not plain and hasattr(part, "__iter__"):
+        with Noise(0).lent():
+            once = iter(part) is iter(part)
+        if once:
             raise DataError(f"{place} give the same iterator twice, so they end after one pass: make a new one")
         return "loader"
-    if hasattr(part, "__len__") and hasattr(part, "__getitem__") and not hasattr(part, "shape"):
+    if not plain and hasattr(part, "__len__") and hasattr(part, "__getitem__"):
         return "dataset"
     raise DataError(f"{place} come as a {type(part).__name__}; expected a pair (x, y), a Dataset or a loader")
 

@@ -101,7 +101,7 @@ def preflight(recipe: Recipe, planned: Sequence[Arm]) -> None:
     training_settings(recipe, steps)
     model = build_model(recipe, source, 0)
     x, y = next(iter(source.train_batches(0, 0, recipe.batch_size)))
-    models.preflight(model, x, y)
+    models.preflight(model, x, y, classes=source.classes)
     for arm in planned:
         method = make(recipe, {**arm.settings, "seed": 0}, model)
         if isinstance(method, Sparsifier):

@@ -44,7 +44,9 @@ def first_models(made: Plan) -> dict[str, Path]:
 def _measure(chosen: Mapping[str, Path], recipe: Recipe) -> dict[str, dict[str, float]]:
     import torch
 
-    from openwork import runtime, saving
+    from openwork import saving
+    from openwork.runtime.plan import accelerate
+    from openwork.runtime.timing import measure as time_models
 
     torch.set_num_threads(recipe.threads)
     source = compare.load_source(recipe)
@@ -54,8 +56,8 @@ def _measure(chosen: Mapping[str, Path], recipe: Recipe) -> dict[str, dict[str, 
     for arm, path in chosen.items():
         try:
             model = saving.load(path, compare.build_model(recipe, source, 0))
-            fast = runtime.accelerate(model, example, verbose=False)
-            times = runtime.measure({"dense": dense, arm: fast}, example)
+            fast = accelerate(model, example, verbose=False)
+            times = time_models({"dense": dense, arm: fast}, example)
         except OpenworkError:
             continue  # a model that cannot be timed has no ratio; its accuracy stands
         found[arm] = {"ratio": times["dense"] / times[arm], "ms": 1e3 * times[arm], "dense_ms": 1e3 * times["dense"]}

@@ -85,7 +85,7 @@ def layers(results: Results, width: float = 640.0, name: str = "layers") -> str:
         return ""
     names = list(dict.fromkeys(place for _, found in panels for one in found for place in one.labels))
     shown = [visible(place, 26) for place in names]
-    row = LINE if len(names) <= 40 else max(4.0, 600.0 / len(names))
+    row = LINE + 2.0 if len(names) <= 40 else max(4.0, 600.0 / len(names))
     left = CHAR * max(map(len, shown)) + 14.0 if len(names) <= 40 else 46.0
     plot = row * len(names) + 8.0
     used = list(dict.fromkeys(one.name for _, found in panels for one in found))
@@ -242,7 +242,7 @@ def _band(axes: Axes, dense: Series | None) -> None:
 
 
 def _line(axes: Axes, x: Sequence[float], one: Series, style: Style) -> None:
-    axes.plot(x, [y for y in one.y], color=style.colour, linestyle=style.line, marker=style.marker,
+    axes.plot(x, list(one.y), color=style.colour, linestyle=style.line, marker=style.marker,
               markeredgewidth=0.0, linewidth=1.2)  # fmt: skip
     for at, place in enumerate(x):
         low, high = one.bounds(at)

@@ -88,8 +88,8 @@ def _accuracies(results: Results, name: str, against: str) -> Series:
         x, mean = finite(row.get(against)), finite(accuracy.get("mean"))
         if x is None or mean is None or x <= 0.0:
             continue
-        low, high = (finite(accuracy.get(bound)) for bound in ("low", "high"))
-        places.append((x, unit * mean, *(math.nan if bound is None else unit * bound for bound in (low, high))))
+        low, high = (math.nan if (b := finite(accuracy.get(side))) is None else unit * b for side in ("low", "high"))
+        places.append((x, unit * mean, low, high))
     x_y_low_high = list(zip(*places, strict=True)) or [(), (), (), ()]
     return Series(name, *x_y_low_high)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import html
 import io
 import re
 import statistics
@@ -167,11 +166,8 @@ def markdown(titles: Sequence[str], body: Sequence[Sequence[str]], numbers: Sequ
 
 def escape_markdown(text: str) -> str:
     """Return `text` so that no Markdown, HTML or template engine finds anything to do in it."""
-    return re.sub(r"[\\`*_{}\[\]()#|~$]|(?<=\w)@|://", lambda found: _entities(found.group()), html.escape(text))
-
-
-def _entities(text: str) -> str:
-    return "".join(f"&#{ord(char)};" for char in text)
+    text = re.sub(r"[&<>{}]", lambda found: f"&#{ord(found.group())};", text)
+    return re.sub(r"[\\`*\[\]|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", text)
 
 
 def _digits(found: Sequence[Row]) -> int:

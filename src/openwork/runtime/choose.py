@@ -88,7 +88,7 @@ def capture(model: nn.Module, example: Any) -> dict[nn.Module, Seen]:
 def choose(name: str, layer: nn.Linear | nn.Conv2d, seen: Seen | None, repeats: int) -> tuple[Choice, nn.Module | None]:
     """Measure a layer dense and in every format; return the choice and the packed layer, None where dense stays."""
     weight = layer.weight
-    density = int(torch.count_nonzero(weight)) / max(weight.numel(), 1)
+    density = _density(weight)
     blank = Choice(name, type(layer).__name__, tuple(weight.shape), seen.shape if seen else (), 0, density)
     reason = modules.obstacle(layer)
     if reason is not None or seen is None:
@@ -108,6 +108,13 @@ def choose(name: str, layer: nn.Linear | nn.Conv2d, seen: Seen | None, repeats: 
     if times["dense"] < MARGIN * times[best]:
         return replace(blank, ms=ms), None
     return replace(blank, ms=ms, chosen=best, gain=times["dense"] / times[best]), packed[best]
+
+
+def _density(weight: Tensor) -> float:
+    """Return the share of weights that are not zero, 1 where there are no values yet."""
+    if weight.is_meta or nn.parameter.is_lazy(weight) or weight.numel() == 0:
+        return 1.0
+    return int(torch.count_nonzero(weight)) / weight.numel()
 
 
 def _candidates(name: str, layer: nn.Linear | nn.Conv2d, x: Tensor) -> tuple[dict[str, nn.Module], dict[str, float]]:

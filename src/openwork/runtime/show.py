@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -10,23 +12,28 @@ from openwork.runtime.choose import Choice
 from openwork.runtime.plan import Plan
 
 MOST_ROWS = 60
+TITLES = ("layer", "weight", "density", "dense ms", "sparse ms", "chosen", "gain")
+_GAP = "  "
 
 
 def show(plan: Plan, console: Console | None = None) -> None:
-    """Print one row a layer and one line for the whole; of many layers the 60 that take the most time."""
+    """Print one row a layer and one line for the whole; of many layers the 60 that take the most time.
+
+    Names that are too long for the terminal lose their beginning.
+    """
     console = console or Console()
-    shown = {id(choice) for choice in sorted(plan.choices, key=_total, reverse=True)[:MOST_ROWS]}
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("layer", no_wrap=True, overflow="ellipsis")
-    table.add_column("weight", no_wrap=True)
-    for title in ("density", "dense ms", "sparse ms"):
-        table.add_column(title, justify="right", no_wrap=True, min_width=len(title))
-    table.add_column("chosen", no_wrap=True, min_width=max(map(len, ("chosen", *(c.chosen for c in plan.choices)))))
-    table.add_column("gain", justify="right", no_wrap=True, min_width=6)
-    for choice in plan.choices:
-        if id(choice) in shown:
-            style = "green" if choice.chosen != "dense" else "dim"
-            table.add_row(*map(escape, _cells(choice)), style=style)
+    kept = {id(choice) for choice in sorted(plan.choices, key=_total, reverse=True)[:MOST_ROWS]}
+    shown = [choice for choice in plan.choices if id(choice) in kept]
+    rows = [_cells(choice) for choice in shown]
+    taken = sum(max(map(len, column)) + len(_GAP) for column in zip(TITLES[1:], *(row[1:] for row in rows), strict=True))
+    room = max(len(_GAP) + 8, console.width - taken)
+    table = Table(box=None, header_style="bold", padding=(0, 0, 0, len(_GAP)), pad_edge=False)
+    for title in TITLES:
+        justify: Literal["left", "right"] = "left" if title in ("layer", "weight", "chosen") else "right"
+        table.add_column(title, justify=justify, no_wrap=True)
+    for choice, (name, *cells) in zip(shown, rows, strict=True):
+        short = name if len(name) <= room else "…" + name[-(room - 1) :]
+        table.add_row(*map(escape, (short, *cells)), style="green" if choice.chosen != "dense" else "dim")
     console.print(table)
     if len(plan.choices) > len(shown):
         console.print(f"and {len(plan.choices) - len(shown)} more layers")
@@ -49,7 +56,7 @@ def _cells(choice: Choice) -> tuple[str, ...]:
     sparse = [ms for name, ms in choice.ms.items() if name != "dense"]
     return (
         choice.layer,
-        "x".join(map(str, choice.shape)),
+        _shape(choice.shape),
         f"{choice.density:.3f}",
         f"{choice.ms['dense']:.3f}" if "dense" in choice.ms else "-",
         f"{min(sparse):.3f}" if sparse else "-",
@@ -60,3 +67,7 @@ def _cells(choice: Choice) -> tuple[str, ...]:
 
 def _total(choice: Choice) -> float:
     return choice.calls * choice.ms.get("dense", 0.0)
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))

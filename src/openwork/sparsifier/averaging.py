@@ -16,9 +16,7 @@ State = dict[str, Any]
 Given = Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]] | None
 
 
-def average_state(
-    states: Sequence[Mapping[str, Any]], weights: Sequence[float] | None = None, masks: Given = None
-) -> State:
+def average_state(states: Sequence[Mapping[str, Any]], weights: Sequence[float] | None = None, masks: Given = None) -> State:
     """Return the weighted average of state dicts: sum_i weights_i states_i.
 
     Args:

@@ -62,7 +62,7 @@ class Outcome:
 
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-NORMS: dict[type[nn.Module], int] = {kind: 0 for kind in BATCH_NORMS} | {
+NORMS: dict[type[nn.Module], int] = dict.fromkeys(BATCH_NORMS, 0) | {
     nn.InstanceNorm1d: -2, nn.InstanceNorm2d: -3, nn.InstanceNorm3d: -4,
 }  # fmt: skip
 """Layers with a parameter a channel; the axis of instance norms, from the end."""

@@ -120,10 +120,10 @@ def _indices(group: Group, channels: Tensor) -> Tensor:
             f"kept channels of {group.name!r}: {channels.tolist()!r} is neither bool of shape ({group.size},) nor a "
             f"non-empty list of whole numbers from 0 to {group.size - 1}; keep at least one channel"
         )
-    unique = channels.long().unique()
-    if unique.numel() != channels.numel():
+    ordered = channels.long().sort().values
+    if bool((ordered[1:] == ordered[:-1]).any()):
         raise MaskError(f"kept channels of {group.name!r} name a channel twice; give each once")
-    return unique
+    return ordered
 
 
 def _entries(cut: Slice, chosen: Mapping[Group, Tensor]) -> Tensor:
@@ -182,9 +182,9 @@ def _compare(model: nn.Module, masks: Masks, small: nn.Module, example: Any) -> 
     if not isinstance(wanted, Tensor):
         return
     scale = float(wanted.abs().max()) if wanted.numel() else 0.0
-    error = float((wanted - found).abs().max()) if wanted.numel() else 0.0
-    if not error <= 1e-3 * scale + 1e-6:
+    gap = float((wanted - found).abs().max()) if wanted.numel() else 0.0
+    if not gap <= 1e-3 * scale + 1e-6:
         raise ModelError(
-            f"{type(model).__name__} without the removed channels differs from the masked network by {error:.2g}; "
+            f"{type(model).__name__} without the removed channels differs from the masked network by {gap:.2g}; "
             "its forward computes with the number of channels, so leave this group whole"
         )

@@ -86,7 +86,7 @@ class _Tracer(fx.Tracer):
             raise
 
     def create_args_for_root(
-        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None  # noqa: ARG002
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[..., Any], list[Any]]:
         """Give the root symbols for tensors, and plain values and defaults as they are, so that its branches resolve."""
         args: list[Any] = [self.root]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from openwork.core import metrics
 from openwork.errors import DataError, DivergedError
+from openwork.models.outputs import logits
 from openwork.nn.batchnorm import kept_modes
 from openwork.train import outputs
 
@@ -38,7 +39,7 @@ def evaluate(model: nn.Module, batches: Batches, device: str | None = None) -> S
     """Return the scores of `model` on `batches`, in eval mode; each module's own mode is restored.
 
     Args:
-        model: gives logits (see `outputs.logits`) with classes on the last axis.
+        model: gives logits (see `openwork.models.outputs`) with classes on the last axis.
         batches: (inputs, class numbers); targets equal to `metrics.IGNORED` are left out.
         device: where to compute, the model is moved there; None for where it is.
 
@@ -49,8 +50,8 @@ def evaluate(model: nn.Module, batches: Batches, device: str | None = None) -> S
     loss = 0.0
     confidences, verdicts = [], []
     with kept_modes(model):
-        for logits, y in _outputs(model, batches, device):
-            scores, targets = metrics.scored(logits, y)
+        for output, y in _outputs(model, batches, device):
+            scores, targets = metrics.scored(output, y)
             logs = scores.double().log_softmax(-1)
             loss -= float(logs.gather(-1, targets[:, None]).sum())
             if not math.isfinite(loss):
@@ -72,11 +73,11 @@ def predictions(model: nn.Module, batches: Batches, device: str | None = None) -
         DataError: if there are no batches.
     """
     with kept_modes(model):
-        found = [(logits.cpu(), y.cpu()) for logits, y in _outputs(model, batches, device)]
+        found = [(output.cpu(), y.cpu()) for output, y in _outputs(model, batches, device)]
     if not found:
         raise DataError("there is no batch to predict on")
     # Concatenated here, outside inference mode, these are ordinary tensors that autograd accepts.
-    return torch.cat([logits for logits, _ in found]), torch.cat([y for _, y in found])
+    return torch.cat([output for output, _ in found]), torch.cat([y for _, y in found])
 
 
 def _outputs(model: nn.Module, batches: Batches, device: str | None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -85,5 +86,5 @@ def _outputs(model: nn.Module, batches: Batches, device: str | None) -> Iterator
     model.eval()
     for x, y in batches:
         with torch.inference_mode():
-            logits = outputs.logits(model(x.to(place)))
-        yield logits, y.to(place)
+            found = logits(model(x.to(place)))
+        yield found, y.to(place)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from openwork.core.rng import derive
 from openwork.errors import DataError, RecipeError
+from openwork.models.outputs import logits
 from openwork.train import divergence, optimizers, outputs, rates
 from openwork.train.isolation import Stop, own_noise
 from openwork.train.keeper import History, Keeper
@@ -61,7 +62,7 @@ def fit(
     machine, torch and number of threads.
 
     Args:
-        model: gives logits (see `outputs.logits`) with classes on the last axis; left in train mode.
+        model: gives logits (see `openwork.models.outputs`) with classes on the last axis; left in train mode.
         source: where the batches come from.
         settings: how to train.
         seed: seed of everything random.
@@ -119,7 +120,7 @@ def fit(
                 for group in optimizer.param_groups:
                     group["lr"] = settings.lr * rate(step / total)
                 optimizer.zero_grad(set_to_none=True)
-                loss = outputs.cross_entropy(outputs.logits(model(x)), y, settings.label_smoothing)
+                loss = outputs.cross_entropy(logits(model(x)), y, settings.label_smoothing)
                 if sparsifier is not None:
                     loss = loss + sparsifier.penalty()
                 value = loss.item()

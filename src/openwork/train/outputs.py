@@ -1,8 +1,6 @@
-"""What a model returned, read as logits, and its cross-entropy: the same for images and for words."""
+"""The loss of what a model returned, the same for images and for words, and where the model is."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,25 +8,6 @@ from torch.nn import functional
 
 from openwork.core.metrics import IGNORED
 from openwork.errors import ModelError
-
-
-def logits(output: Any) -> Tensor:
-    """Return the logits of a model's output: a tensor, a tuple that starts with one, or an object with `.logits`.
-
-    Raises:
-        ModelError: if the output is none of these.
-    """
-    if isinstance(output, Tensor):
-        return output
-    found = getattr(output, "logits", None)
-    if found is None and isinstance(output, (tuple, list)) and output:
-        found = output[0]
-    if not isinstance(found, Tensor):
-        raise ModelError(
-            f"the model returned a {type(output).__name__}; expected logits as a tensor, as the first item of a "
-            "tuple, or as the attribute 'logits'"
-        )
-    return found
 
 
 def cross_entropy(scores: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:

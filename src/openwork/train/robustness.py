@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from openwork.core import metrics
 from openwork.core.rng import generator
 from openwork.errors import DataError
+from openwork.models.outputs import logits
 from openwork.nn.batchnorm import kept_modes
 from openwork.train import outputs
 
@@ -81,7 +82,7 @@ def pgd_accuracy(
             for _ in range(steps):
                 attacked = _inside(attacked + size * _uphill(model, attacked, y).sign(), x, eps, clamp)
             with torch.no_grad():
-                scores, targets = metrics.scored(outputs.logits(model(attacked)), y)
+                scores, targets = metrics.scored(logits(model(attacked)), y)
             right += int((scores.argmax(-1) == targets).sum())
             total += targets.numel()
     if total == 0:
@@ -92,7 +93,7 @@ def pgd_accuracy(
 def _uphill(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     x = x.detach().requires_grad_(True)
     with torch.enable_grad():
-        loss = outputs.cross_entropy(outputs.logits(model(x)), y)
+        loss = outputs.cross_entropy(logits(model(x)), y)
         # Only the input's gradient is asked for: the parameters' gradients stay as they were.
         return torch.autograd.grad(loss, x)[0]
 

@@ -21,9 +21,11 @@ def network(seed: int = 0, *, norm: bool = True) -> nn.Sequential:
         parts.insert(1, nn.BatchNorm1d(20))
     model = nn.Sequential(*parts)
     draw = generator(seed, "network")
-    for param in model.parameters():
+    for name, param in model.named_parameters():
         if param.dim() == 2:
             nn.init.normal_(param, std=0.3, generator=draw)
+        elif not (norm and name == "1.weight"):
+            nn.init.zeros_(param)
     return model
 
 

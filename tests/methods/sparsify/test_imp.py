@@ -166,17 +166,17 @@ def test_imp_is_a_procedure_whose_card_names_it():
 
 def test_a_run_has_exact_densities_its_legs_and_its_steps():
     loop, model = Loop(), network()
-    imp = IMP(0.05, total_steps=101, phases=3, pretrain=0.4)
+    imp = IMP(0.1, total_steps=101, phases=3, pretrain=0.4)
     assert imp.run(model, loop, PROBE) is model
     assert [leg.name for leg in loop.legs] == ["pretrain", "phase1", "phase2", "phase3"]
     assert [leg.steps for leg in loop.legs] == [40, 21, 20, 20]
     assert sum(leg.steps for leg in loop.legs) == 101 == imp.steps
     assert [leg.stream for leg in loop.legs] == [0, 1, 2, 3]
-    assert imp.masks.nnz() == round(0.05 * TOTAL)
+    assert imp.masks.nnz() == round(0.1 * TOTAL)
     imp.masks.check(model)
     for k, row in enumerate(imp.report, start=1):
         assert row["phase"] == k
-        assert row["density"] == row["nonzero"] == round(0.05 ** (k / 3) * TOTAL) / TOTAL
+        assert row["density"] == row["nonzero"] == round(0.1 ** (k / 3) * TOTAL) / TOTAL
         assert row["members"] == [row["accuracy"]]
     assert imp.report[-1]["accuracy"] == accuracy(model) > 0.5
 
@@ -204,8 +204,8 @@ def test_the_adaptive_schedule_uses_the_norm_lost_in_its_own_phase():
     IMP(0.2, total_steps=80, phases=2, schedule="allr", pretrain=0.5).run(network(), loop, PROBE)
     pruned = 1 - 0.2**0.5
     for earlier, later in [("pretrain", "phase1"), ("phase1", "phase2")]:
-        old = torch.cat([loop.after[earlier][n].flatten() for n in ("0.weight", "2.weight")]).double()
-        new = torch.cat([loop.before[later][n].flatten() for n in ("0.weight", "2.weight")]).double()
+        old = torch.cat([loop.after[earlier][n].flatten() for n in ("0.weight", "3.weight")]).double()
+        new = torch.cat([loop.before[later][n].flatten() for n in ("0.weight", "3.weight")]).double()
         lost = float((old - new).norm() / old.norm())
         start = adaptive_peak(1.0, 20 / 40, lost, pruned)
         assert loop.rates[later][2] == pytest.approx(start)  # step 2 of 20 is where the warm-up ends
@@ -228,9 +228,7 @@ def test_batch_norm_is_measured_again_after_the_last_step():
 def test_layers_may_be_kept_at_their_allocated_densities():
     imp = IMP(0.2, total_steps=20, phases=2, scope="layers", allocate="uniform")
     imp.run(network(), Loop(), PROBE)
-    assert imp.masks.densities() == {"0.weight": 0.2, "2.weight": 0.2} or imp.masks.densities() == pytest.approx(
-        {"0.weight": 0.2, "3.weight": 0.2}
-    )
+    assert imp.masks.densities() == {"0.weight": 0.2, "3.weight": 0.2}
 
 
 def test_n_of_m_tightens_from_phase_to_phase():
@@ -273,7 +271,7 @@ def test_a_run_can_be_repeated_bit_for_bit():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"total_steps": 5, "phases": 3}, "every phase needs at least one"),
+        ({"total_steps": 5, "phases": 4}, "every phase needs at least one"),
         ({"total_steps": 10, "phases": 0}, "at least one phase"),
         ({"total_steps": 10, "pretrain": 1.0}, "not in"),
         ({"total_steps": 10, "schedule": "cosine"}, "use one of ft, lrw"),

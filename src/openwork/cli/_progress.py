@@ -1,0 +1,88 @@
+"""Progress of a sweep in the terminal: a bar an arm, and the time that is left."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from openwork.lab import sweep
+from openwork.lab.spec import Trial
+from openwork.lab.sweep import Plan
+
+
+def announce(console: Console, made: Plan) -> None:
+    """Say what will be done and what is found finished."""
+    found = len(made.trials) - len(made.missing)
+    console.print(
+        f"{len(made.arms)} arms x {made.config.seeds} seeds = {len(made.trials)} trials"
+        + (f", {found} of them finished before" if found else "")
+        + f"; run folder {made.store.folder}",
+        highlight=False,
+    )
+    if made.stale:
+        console.print(f"[yellow]{made.stale}[/]", highlight=False)
+
+
+def run(console: Console, made: Plan, *, workers: int, timeout: float | None, quiet: bool) -> None:
+    """Run what is missing with a bar an arm."""
+    if quiet or not made.missing:
+        sweep.run(made, workers=workers, timeout=timeout, done=lambda _trial, _result: None)
+        return
+    bars = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(), console=console, disable=not console.is_terminal,
+    )  # fmt: skip
+    with bars, _Watch(bars, made) as watch:
+        sweep.run(made, workers=workers, timeout=timeout, done=watch.done)
+
+
+class _Watch:
+    """Moves the bars from the trials' progress files a few times a second."""
+
+    def __init__(self, bars: Progress, made: Plan) -> None:
+        todo = Counter(trial.arm.name for trial in made.trials)
+        done = todo - Counter(trial.arm.name for trial in made.missing)
+        self.bars, self.made = bars, made
+        self.all = bars.add_task("all", total=len(made.trials), completed=sum(done.values()))
+        self.tasks = {arm: bars.add_task(arm, total=count, completed=done[arm]) for arm, count in todo.items()}
+        self.ended = done
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._poll, daemon=True)
+
+    def __enter__(self) -> _Watch:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.thread.join()
+        self._refresh()
+
+    def done(self, trial: Trial, result: dict[str, Any]) -> None:
+        """Count a trial as ended, and say so if it did not end well."""
+        self.ended[trial.arm.name] += 1
+        if result["status"] != "ok":
+            self.bars.console.print(
+                f"{trial.arm.name}, seed {trial.seed}: {result['status']}: {result['error']}", style="yellow", markup=False
+            )
+        elif not self.bars.console.is_terminal:
+            self.bars.console.print(f"{trial.arm.name}, seed {trial.seed}: done", markup=False, highlight=False)
+
+    def _poll(self) -> None:
+        while not self.stop.wait(0.3):
+            self._refresh()
+
+    def _refresh(self) -> None:
+        shares: Counter[str] = Counter()
+        for trial in self.made.missing:
+            try:
+                shares[trial.arm.name] += float((self.made.store.place(trial) / "progress.json").read_text())  # type: ignore[assignment]
+            except (OSError, ValueError):
+                continue
+        for arm, task in self.tasks.items():
+            self.bars.update(task, completed=self.ended[arm] + shares[arm])
+        self.bars.update(self.all, completed=sum(self.ended.values()) + sum(shares.values()))
