@@ -36,6 +36,7 @@ from openwork.report.summary import (
     main_metric,
     rows,
     sentences,
+    standings,
 )
 from openwork.report.tables import Column, claim_cells, columns
 from openwork.report.text import NOTHING, count, finite, listing, percent, visible
@@ -190,7 +191,7 @@ def _blocks(results: Results, shown: Sequence[Column]) -> list[dict[str, Any]]:
     """Return the rows in blocks of one density, each cell as text, with the bar of its interval."""
     order = lines(results)
     span = _span(results)
-    best = {id(standing) for standing in _best(results)}
+    best = {id(standing.best) for standing in standings(results) if standing.rivals}
     blocks: list[dict[str, Any]] = []
     for row in rows(results):
         place = DENSE if row.get("method") == DENSE else percent(row.get("density"))
@@ -201,12 +202,6 @@ def _blocks(results: Results, shown: Sequence[Column]) -> list[dict[str, Any]]:
         bar = _bar(row, span, _reference(results), colour) if span else None
         blocks[-1]["rows"].append({"cells": cells, "colour": colour, "bar": bar, "best": id(row) in best})
     return blocks
-
-
-def _best(results: Results) -> list[Row]:
-    from openwork.report.summary import standings
-
-    return [standing.best for standing in standings(results) if standing.rivals]
 
 
 def _colour(line: str, order: Sequence[str]) -> str:
@@ -290,6 +285,5 @@ def _word(claim: Mapping[str, Any]) -> tuple[str, str]:
 
 def _loss(trial: Mapping[str, Any]) -> tuple[str, str, str, str]:
     error = trial.get("error")
-    shown = (visible(trial.get(name), 60) for name in ("arm", "seed", "status"))
-    arm, seed, status = shown
+    arm, seed, status = (visible(trial.get(name), 60) for name in ("arm", "seed", "status"))
     return arm, seed, status, text_lines(error, 1000) if error else NOTHING

@@ -126,7 +126,7 @@ def search(
     return Search(best, draw(space, seed, best), tuple(scores))
 
 
-def untrained(model: nn.Module, score: Callable[[nn.Module], float]) -> Callable[[Masks], float]:
+def untrained(model: nn.Module, score: Callable[[nn.Module], float | Tensor]) -> Callable[[Masks], float]:
     """Return L_0: masks -> `score` of a masked copy of `model`; the model itself is never changed.
 
     The copy has the model's modes and batch-norm statistics, and may be trained by the scorer.
@@ -136,7 +136,8 @@ def untrained(model: nn.Module, score: Callable[[nn.Module], float]) -> Callable
     def scored(masks: Masks) -> float:
         copy = deepcopy(plain)
         masks.apply(copy)
-        return float(score(copy))
+        value = score(copy)
+        return float(value.detach() if isinstance(value, Tensor) else value)
 
     return scored
 
@@ -281,8 +282,9 @@ class RandomSearch:
         if isinstance(space, NodeSpace | WidthSpace):
             self.kept = space.kept(generator(self.seed, "draw", found.best_index))
             self.node_density = space.node_share({name: len(nodes) for name, nodes in self.kept.items()})
-        weights = [name for name in maskable(unwrap(model), **self._choice) if name in found.masks]
-        self.weight_density = Masks({name: found.masks[name] for name in weights}).density()
+        weights = maskable(unwrap(model), self._choice["parameters"], self._choice["exclude"])
+        kept = sum(int(found.masks[n].sum()) if n in found.masks else p.numel() for n, p in weights.items())
+        self.weight_density = kept / sum(param.numel() for param in weights.values())
         if self._given[0] is None:
             self.density = self.weight_density
         return run_leg(train, model, Fixed(found.masks), Leg("train", self.total_steps))
