@@ -163,7 +163,7 @@ def test_weights_that_are_no_average_are_refused(weights, message):
 def test_no_states_and_unlike_states_are_refused():
     with pytest.raises(MethodError, match="at least one"):
         average_state([])
-    with pytest.raises(ModelError, match="'w' is torch.float32 of shape"):
+    with pytest.raises(ModelError, match=r"'w' is torch\.float32 of shape"):
         average_state([{"w": torch.ones(2)}, {"w": torch.ones(3)}])
     with pytest.raises(ModelError, match="only some"):
         average_state([{"w": torch.ones(2)}, {"v": torch.ones(2)}])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -44,7 +45,7 @@ IMAGE = torch.zeros(2, 2, 5, 5)  # the convolution makes maps of 3x3
 @settings(max_examples=20, deadline=None)
 def test_a_chain_of_linear_layers_has_a_group_a_hidden_layer(widths: list[int]) -> None:
     layers: list[nn.Module] = []
-    for before, after in zip(widths, widths[1:], strict=False):
+    for before, after in itertools.pairwise(widths):
         layers += [nn.Linear(before, after), nn.ReLU()]
     groups = channel_groups(nn.Sequential(*layers[:-1]))
     linear = [f"{2 * i}" for i in range(len(widths) - 1)]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -160,7 +161,7 @@ def test_flattened_maps_take_all_their_pixels_along() -> None:
 @settings(max_examples=25, deadline=None)
 def test_any_perceptron(widths: list[int], act: type[nn.Module], seed: int) -> None:
     layers: list[nn.Module] = []
-    for before, after in zip(widths, widths[1:], strict=False):
+    for before, after in itertools.pairwise(widths):
         layers += [nn.Linear(before, after), act()]
     model = stirred(nn.Sequential(*layers[:-1]), seed)
     kept = halves(model, seed, share=0.6)

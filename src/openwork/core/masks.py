@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -96,18 +97,22 @@ class Masks(Mapping[str, Tensor]):
         """Return the masks that `state_dict` packed.
 
         Raises:
-            MaskError: if a tensor is missing or of the wrong size.
+            MaskError: if a tensor is missing, left over, of the wrong kind or of the wrong size.
         """
         masks = {}
-        for key in [k for k in state if k.endswith(".shape")]:
+        shapes = {key: size for key, size in state.items() if key.endswith(".shape") and size.dtype is torch.int64}
+        for key, size in shapes.items():
             name = key.removesuffix(".shape")
-            shape = [int(size) for size in state[key]]
-            count = int(np.prod(shape, dtype=np.int64)) if shape else 1
-            bits = state.get(name)
-            if bits is None or bits.dtype is not torch.uint8 or bits.numel() != -(-count // 8):
+            shape, count, bits = size.reshape(-1).tolist(), math.prod(size.reshape(-1).tolist()), state.get(name)
+            if min(shape, default=0) < 0 or size.dim() != 1:
+                raise MaskError(f"the packed mask of {name!r} has the shape {size.tolist()}, which no tensor has")
+            if bits is None or bits.dtype is not torch.uint8 or bits.shape != (-(-count // 8),):
                 raise MaskError(f"the packed mask of {name!r} does not hold {count} bits")
             flat = np.unpackbits(bits.cpu().numpy(), count=count).astype(bool)
             masks[name] = torch.from_numpy(flat).reshape(shape)
+        left = [key for key in state if key not in shapes and key not in masks]
+        if left:
+            raise MaskError(f"{left[0]!r} is no packed mask: its shape is missing; the state was cut or made by hand")
         return cls(masks)
 
     @classmethod

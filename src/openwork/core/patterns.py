@@ -218,7 +218,7 @@ class Channel(Pattern):
         """Return (1, channels)."""
         if score.dim() <= self.dim:
             raise PatternError(f"{self}: a weight of shape {tuple(score.shape)} has no dimension {self.dim}")
-        return score.movedim(self.dim, 0).reshape(score.shape[self.dim], -1).sum(dim=1).reshape(1, -1)
+        return _wide(score).movedim(self.dim, 0).reshape(score.shape[self.dim], -1).sum(dim=1).reshape(1, -1)
 
     def untile(self, units: Tensor, shape: torch.Size) -> Tensor:
         """Return every unit repeated over its channel."""
@@ -233,7 +233,7 @@ class Layer(Pattern):
 
     def tiles(self, score: Tensor) -> Tensor:
         """Return (1, 1)."""
-        return score.sum().reshape(1, 1)
+        return _wide(score).sum().reshape(1, 1)
 
     def untile(self, units: Tensor, shape: torch.Size) -> Tensor:
         """Return the one unit everywhere."""
@@ -265,6 +265,11 @@ def parse(text: str) -> Pattern:
     raise PatternError(f"unknown pattern {text!r}: use unstructured, N:M such as 2:4, block4x1, group8, channel or layer")
 
 
+def _wide(score: Tensor) -> Tensor:
+    """Return half-precision scores as float32, in which a unit's sum neither overflows nor loses the order of units."""
+    return score.float() if score.dtype in (torch.float16, torch.bfloat16) else score
+
+
 def _blocks(score: Tensor, rows: int, cols: int, name: str) -> Tensor:
     """View a weight as (row blocks, rows, column blocks, cols)."""
     out = score.shape[0] if score.dim() else 0
@@ -274,7 +279,7 @@ def _blocks(score: Tensor, rows: int, cols: int, name: str) -> Tensor:
             f"{name} does not divide a weight of shape {tuple(score.shape)}, a matrix of {out}x{rest}; "
             "exclude this layer or choose another pattern"
         )
-    return score.reshape(out // rows, rows, rest // cols, cols)
+    return _wide(score).reshape(out // rows, rows, rest // cols, cols)
 
 
 def _unblock(units: Tensor, shape: torch.Size, rows: int, cols: int) -> Tensor:

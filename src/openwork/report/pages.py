@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from openwork import atomic
-from openwork.errors import FormatError
+from openwork import atomic, registry
+from openwork.errors import FormatError, OpenworkError
 from openwork.report import plots
 from openwork.report.html import asked, command, title
 from openwork.report.summary import Results, failures, headline, main_metric, sentences
@@ -99,6 +100,7 @@ RULES = (
 
 def _page(results: Results, page: Path, drawn: list[tuple[str, str]]) -> str:
     parts = [f"# {escape_markdown(title(results))}", escape_markdown(headline(results))]
+    parts += _paper(results) if results.get("kind") == "study" else []
     claims = [claim for claim in results.get("claims") or [] if isinstance(claim, Mapping)]
     if claims:
         parts += ["## Claims", markdown_claims(claims), RULES]
@@ -122,8 +124,31 @@ def _page(results: Results, page: Path, drawn: list[tuple[str, str]]) -> str:
                for k, v in (results.get("environment") or {}).items()]  # fmt: skip
     if machine:
         parts += ["## Where it ran", markdown(["", ""], machine, [False, False])]
-    parts += ["## Run it again", f"```sh\n{command(results).replace('`', chr(39))}\n```"]
+    parts += ["## Run it again", _code(command(results))]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def _code(text: str) -> str:
+    """Return a line of code: as a fence, or as HTML where a template engine could find something in it."""
+    if re.fullmatch(r"[\w :./=-]*", text):
+        return f"```sh\n{text}\n```"
+    return f"<pre>{re.sub(r'[^A-Za-z0-9 ]', lambda found: f'&#{ord(found.group())};', text)}</pre>"
+
+
+def _paper(results: Results) -> list[str]:
+    """Return what the paper claims and where to read it, if the study is that of a method with a card."""
+    try:
+        card = registry.card(str(results.get("name")))
+    except OpenworkError:
+        return []
+    who = card.authors[0] + (
+        " and others" if len(card.authors) > 2 else f" and {card.authors[1]}" if card.authors[1:] else ""
+    )
+    source = escape_markdown(f"{who}, \u201c{card.title}\u201d, {card.venue} {card.year}")
+    parts = ["## The paper", f"{escape_markdown(card.claim)}", f"[{source}](<{card.link}>)"]
+    if card.departures:
+        parts.append("Departures: " + " ".join(escape_markdown(line) for line in card.departures))
+    return parts
 
 
 def _draw(results: Results, stem: str, folder: Path) -> list[tuple[str, str]]:
@@ -152,7 +177,8 @@ def _relative(page: Path, target: str) -> str:
 def _kept(results: Results) -> dict[str, Any]:
     """Return the results without curves, and with null for numbers that JSON does not know."""
     trials = [{k: v for k, v in trial.items() if k != "curves"} for trial in results.get("trials") or []]
-    plain: dict[str, Any] = json.loads(json.dumps({**results, "trials": trials}), parse_constant=lambda _word: None)
+    text = json.dumps({**results, "trials": trials}, ensure_ascii=False).encode("utf-8", "replace")
+    plain: dict[str, Any] = json.loads(text, parse_constant=lambda _word: None)
     return plain
 
 

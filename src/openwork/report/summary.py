@@ -143,6 +143,8 @@ def losses(results: Results) -> list[Mapping[str, Any]]:
 def failures(results: Results) -> str:
     """Return how many trials ended well and what became of the others."""
     total, lost = len(results.get("trials") or []), losses(results)
+    if not total:
+        return "No trial was run."
     if not lost:
         return f"All {count(total, 'trial')} ended well." if total > 1 else f"{count(total, 'trial')}, none failed."
     kinds = Counter(visible(trial.get("status"), 20) for trial in lost)
@@ -218,14 +220,12 @@ def _sentence(standing: Standing) -> str:
 
 def _against_dense(difference: Interval) -> str:
     size = points(abs(difference.mean)).lstrip("+")
-    if difference.mean == 0.0:
-        return "the same as dense" + _range(difference)
     side = "above" if difference.mean > 0.0 else "below"
-    if difference.low > 0.0 or difference.high < 0.0:
+    if not difference.low <= 0.0 <= difference.high and difference.mean != 0.0:
         return f"{size} points {side} dense" + _range(difference)
-    if math.isfinite(difference.low):
+    if difference.n > 1:
         return f"not clearly different from dense: {points(difference.mean)} points" + _range(difference)
-    return f"{size} points {side} dense" + _range(difference)
+    return "the same as dense" + _range(difference)
 
 
 def _lead(rival: Rival) -> str:

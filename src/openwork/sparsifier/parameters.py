@@ -11,8 +11,8 @@ from openwork.errors import MaskError
 
 Choice = Iterable[str] | Callable[[str, nn.Parameter], bool] | None
 
-# Parameters that are tables or tokens rather than connections, wherever their module comes from.
-_TABLES = ("emb", "token", "pos")
+# Parameters that are tables, tokens or biases (bias_k of attention) rather than connections, wherever they come from.
+_TABLES = ("emb", "token", "pos", "bias")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -33,7 +33,7 @@ def maskable(model: nn.Module, choose: Choice = None, exclude: Iterable[str] = (
         model: any module.
         choose: names or glob patterns (`"layers.*.weight"`), or a function (name, parameter) -> bool. By default:
             trainable floating-point parameters of two or more dimensions, but not those of embeddings and
-            normalisation layers, nor positional tables and class tokens.
+            normalisation layers, nor positional tables, class tokens and biases of any shape.
         exclude: names or glob patterns to leave dense.
 
     Raises:

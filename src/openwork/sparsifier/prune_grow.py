@@ -45,7 +45,7 @@ def shrink(masks: Mapping[str, Tensor], scores: Mapping[str, Tensor], density: f
         pattern: unstructured, block, kernel group, channel or layer.
 
     Returns:
-        name -> bool mask; for unstructured masks exactly round(density * total) are kept.
+        name -> bool mask; for unstructured masks exactly round(density * total) are kept, at least one a layer.
     """
     goal = count_of(density, sum(mask.numel() for mask in masks.values()))
     tiles = {name: pattern.tiles(scores[name]) for name in masks}
@@ -71,9 +71,10 @@ def tighten(mask: Tensor, score: Tensor, density: float, pattern: Pattern) -> Te
         density: kept share of the layer's units; a layer that keeps fewer already is left alone.
         pattern: any.
     """
-    active, tiles = pattern.tiles(mask.to(score.dtype)) > 0, pattern.tiles(score)
+    active, tiles = pattern.tiles(mask.to(score.dtype)) > 0, pattern.tiles(score).double()
     check_finite(tiles)
-    ranked = torch.where(active, tiles, tiles.min() - 1)
+    below = torch.nextafter(tiles.min(), tiles.new_tensor(-math.inf))  # lower than any, however large the scores are
+    ranked = torch.where(active, tiles, below)
     return pattern.untile(pick(ranked, pattern.quota(density, tiles.shape[1])) & active, mask.shape)
 
 

@@ -87,7 +87,7 @@ class Sparsifier:
         self._optimizers: list[Optimizer] = []
         self._fresh: list[dict[str, float]] = []
         self._handles: list[Any] = []
-        self._dense: dict[str, Tensor] = {}
+        self._dense: dict[str, tuple[Tensor, Tensor]] = {}  # the gradient masked, and what it was before
         self._idle = False
         self._pending: Mapping[str, Any] | None = None
 
@@ -153,12 +153,10 @@ class Sparsifier:
         self._params, self._optimizers = params, stepping
         self._fresh = [optimizers.fresh_values(one) for one in stepping]
         try:
-            self.masks = self._check_masks(self.initial(params))
+            self._begin(params)
         except BaseException:
-            self._params = {}
+            self._params, self._optimizers = {}, []
             raise
-        if self._pending is not None:
-            self._restore(self._pending)
         self._hold()
         self.project()
         if not self.history:
@@ -172,8 +170,8 @@ class Sparsifier:
         """
         if self.step in self.every:
             for name, param in self._params.items():
-                if name not in self._dense and param.grad is not None:
-                    self._dense[name] = param.grad.detach().clone()
+                if param.grad is not None and not self._is_masked(name, param.grad):
+                    self._dense[name] = param.grad, param.grad.detach().clone()
         self._zero_gradients()
 
     @torch.no_grad()
@@ -190,7 +188,9 @@ class Sparsifier:
         return state | {f"extra.{key}": value for key, value in self.extra_state().items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken; before `attach`, the masks are taken up when it comes.
+        """Continue where `state_dict` was taken: before `attach`, which then takes the state up, or after it.
+
+        `attach` masks the model, so a model that is attached first gets its weights loaded after that, before this.
 
         Raises:
             MaskError: if the state's masks do not fit the model.
@@ -296,6 +296,24 @@ class Sparsifier:
         """Act after the optimizer's step: by default masked weights are set to zero."""
         self.project()
 
+    def between_steps(self, params: Params) -> None:
+        """Act after one of several optimizers has stepped, before the next: by default as after a step."""
+        self.project()
+
+    def _begin(self, params: Params) -> None:
+        """Set the first masks, or those of a loaded state, with which the model keeps the weights that it came with."""
+        before = {} if self._pending is None else {name: param.detach().clone() for name, param in params.items()}
+        self.masks = self._check_masks(self.initial(params))
+        if self._pending is not None:
+            with torch.no_grad():
+                for name, weight in before.items():
+                    params[name].copy_(weight)
+            self._restore(self._pending)
+
+    def _is_masked(self, name: str, grad: Tensor) -> bool:
+        """Tell whether `grad` was masked already: a new backward, after a skipped step say, makes it dense again."""
+        return name in self._dense and self._dense[name][0] is grad and not bool(grad[~self.masks[name]].any())
+
     def _zero_gradients(self) -> None:
         for name, param in self._params.items():
             if param.grad is not None:
@@ -313,7 +331,8 @@ class Sparsifier:
         if self._idle:
             self._dense = {}
             return changed
-        grads = {name: p.grad.detach() for name, p in self._params.items() if p.grad is not None} | self._dense
+        grads = {name: p.grad.detach() for name, p in self._params.items() if p.grad is not None}
+        grads |= {name: dense for name, (_, dense) in self._dense.items()}
         with torch.no_grad():
             masks = self.revise(self._params, grads, self.step)
             if masks is not None:
@@ -336,7 +355,7 @@ class Sparsifier:
 
     def _post_other(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._idle:
-            self.project()
+            self.between_steps(self._params)
 
     def _change(self, masks: Masks) -> None:
         for name, param in self._params.items():

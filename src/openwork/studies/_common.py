@@ -106,14 +106,15 @@ def settings(cfg: Training, steps: int) -> Settings:
 
 def make_method(name: str, density: float, steps: int, seed: int, **options: Any) -> Sparsifier | Procedure | None:
     """Return a method by name with those of density, total_steps and seed that it takes; None for dense."""
-    if name == DENSE:
-        return None
-    entry = registry.load(name)
+    return None if name == DENSE else construct(registry.load(name), density, steps, seed, **options)
+
+
+def construct(entry: Any, density: float, steps: int, seed: int, **options: Any) -> Any:
+    """Return an object of a method's class with those of density, total_steps and seed that it takes."""
     known = set(inspect.signature(entry).parameters)
     known |= set(inspect.signature(Sparsifier).parameters) if "options" in known else set()
     given = {"density": density, "total_steps": steps, "seed": seed}
-    made: Sparsifier | Procedure = entry(**{k: v for k, v in given.items() if k in known}, **options)
-    return made
+    return entry(**{k: v for k, v in given.items() if k in known}, **options)
 
 
 def new_trainer(cfg: Training, source: Source, seed: int, work: Work, total: float) -> Trainer:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pytest
 import torch
 from torch import nn
 
@@ -13,6 +16,15 @@ DRAW = generator(5, "clusters")
 LABELS = torch.arange(240) % 4
 INPUTS = 1.5 * torch.randn(4, 10, generator=DRAW)[LABELS] + torch.randn(240, 10, generator=DRAW)
 TRAIN, HELD = slice(0, 160), slice(160, 240)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny models train fastest on one thread; a test module takes this fixture up by importing it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def network(seed: int = 0, *, norm: bool = True) -> nn.Sequential:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -19,7 +20,16 @@ from openwork.methods.sparsify._retrain import (
 )
 from openwork.methods.sparsify.imp import CARD, IMP
 from openwork.sparsifier.procedure import Leg, Probe, Procedure
-from tests.methods.sparsify.retrain_toys import INPUTS, LABELS, PROBE, TRAIN, Loop, accuracy, network
+from tests.methods.sparsify.retrain_toys import (
+    INPUTS,
+    LABELS,
+    PROBE,
+    TRAIN,
+    Loop,
+    accuracy,
+    network,
+    one_thread,  # noqa: F401
+)
 
 LINE = [1 - i / 100 for i in range(100)]
 TOTAL = 10 * 20 + 20 * 4  # masked weights of `network`
@@ -37,7 +47,7 @@ def test_every_phase_prunes_the_same_share_of_what_is_left(density, phases):
     found = [1.0, *phase_densities(density, phases)]
     share = 1 - density ** (1 / phases)
     assert found[-1] == density
-    for before, after in zip(found, found[1:], strict=False):
+    for before, after in itertools.pairwise(found):
         assert 1 - after / before == pytest.approx(share, abs=1e-9)
 
 
@@ -316,5 +326,5 @@ def test_a_loop_that_ignores_the_masks_or_returns_nothing_is_told_so():
             sparsifier.attach(model)
         return careless(model, sparsifier, leg)
 
-    with pytest.raises(MethodError, match="masked weights of '0.weight' are not zero"):
+    with pytest.raises(MethodError, match=r"masked weights of '0\.weight' are not zero"):
         IMP(0.1, total_steps=10).run(network(), late, PROBE)

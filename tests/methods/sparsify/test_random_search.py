@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -120,13 +121,13 @@ def test_the_cards_weight_density() -> None:
 @settings(max_examples=40, deadline=None)
 def test_delta_of_any_perceptron(widths: list[int], features: int, classes: int, share: float) -> None:
     sizes = [features, *widths, classes]
-    layers = [nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)]
+    layers = [nn.Linear(a, b) for a, b in itertools.pairwise(sizes)]
     model = nn.Sequential(*[part for layer in layers for part in (layer, nn.ReLU())][:-1])
     space = NodeSpace(model, node_density=share)
     kept = [max(1, math.floor(share * n + 0.5)) for n in widths]
     assert list(space.counts.values()) == kept
     left = [features, *kept, classes]
-    exact = sum(a * b for a, b in zip(left, left[1:], strict=False))
+    exact = sum(a * b for a, b in itertools.pairwise(left))
     assert space.weights(space.counts) == exact
     masks = draw(space, 7, 0)
     assert sum(int(masks[f"{2 * i}.weight"].sum()) for i in range(len(layers))) == exact
@@ -141,12 +142,12 @@ def test_delta_of_any_perceptron(widths: list[int], features: int, classes: int,
 @settings(max_examples=40, deadline=None)
 def test_the_node_density_is_solved_for_the_nearest_weight_density(widths: list[int], target: float) -> None:
     sizes = [4, *widths, 3]
-    layers = [nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)]
+    layers = [nn.Linear(a, b) for a, b in itertools.pairwise(sizes)]
     model = nn.Sequential(*layers)
     reachable = set()
     for rate in {0.0} | {(k - 0.5) / n + 1e-9 for n in widths for k in range(1, n + 1)}:  # every configuration
         left = [4, *[max(1, math.floor(rate * n + 0.5)) for n in widths], 3]
-        reachable.add(sum(a * b for a, b in zip(left, left[1:], strict=False)))
+        reachable.add(sum(a * b for a, b in itertools.pairwise(left)))
     total = max(reachable)
     if target * total < min(reachable) - 1e-9:
         with pytest.raises(MaskError, match="cannot be reached by removing nodes"):
@@ -419,7 +420,7 @@ def test_a_network_that_cannot_be_followed_is_refused_with_the_remedy() -> None:
     task = Task(10)
     with pytest.raises(ModelError, match=r"cannot be traced .*mask single weights"):
         run(task, Branching().double(), 0.5)
-    with pytest.raises(MaskError, match="no nodes of Linear can be removed .*space='weights'"):
+    with pytest.raises(MaskError, match=r"no nodes of Linear can be removed .*space='weights'"):
         run(task, nn.Linear(10, 3).double(), 0.5)
     method, trained = run(task, Branching().double(), 0.5, space="weights", budget=2)
     assert method.weight_density == 0.5

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from functools import partial
@@ -13,16 +14,23 @@ from torch import nn
 from openwork.core.masks import Masks
 from openwork.core.rng import generator
 from openwork.errors import MaskError, MethodError, ModelError
-from openwork.methods.sparsify.dpf import DPF
-from openwork.methods.sparsify.gmp import GMP
 from openwork.methods.sparsify.imp import IMP
-from openwork.methods.sparsify.rigl import RigL
 from openwork.methods.sparsify.sparse_model_soups import CARD, GradualSoup, SparseModelSoup, soup, soup_report
 from openwork.nn.batchnorm import recalibrate_norm
 from openwork.sparsifier.averaging import average_state
 from openwork.sparsifier.procedure import Leg, Probe, Procedure
 from openwork.sparsifier.sparsifier import Fixed, Sparsifier
-from tests.methods.sparsify.retrain_toys import INPUTS, LABELS, PROBE, TRAIN, Loop, accuracy, batches, network
+from tests.methods.sparsify.retrain_toys import (
+    INPUTS,
+    LABELS,
+    PROBE,
+    TRAIN,
+    Loop,
+    accuracy,
+    batches,
+    network,
+    one_thread,  # noqa: F401
+)
 
 TOTAL = 10 * 20 + 20 * 4  # masked weights of `network`
 
@@ -54,7 +62,7 @@ def test_steps_count_every_members():
 def test_steps_grow_with_the_length_of_a_path(members, phases, pretrain, vary, last_only):
     build = partial(SparseModelSoup, 0.1, members=members, phases=phases, pretrain=pretrain, vary=vary, last_only=last_only)
     found = [build(total_steps=total).steps for total in range(50, 120)]
-    assert all(later >= earlier for earlier, later in zip(found, found[1:], strict=False))
+    assert all(later >= earlier for earlier, later in itertools.pairwise(found))
     assert found[-1] > found[0]
 
 
@@ -260,6 +268,17 @@ def test_settings_that_make_no_sense_are_refused(settings, message):
         SparseModelSoup(0.1, **{"total_steps": 20, **settings})
 
 
+def test_fixed_masks_are_what_holds_a_member():
+    seen = []
+
+    def train(model: nn.Module, sparsifier: Sparsifier | None, leg: Leg) -> nn.Module:
+        seen.append(type(sparsifier))
+        return Loop()(model, sparsifier, leg)
+
+    SparseModelSoup(0.3, total_steps=12, phases=1, members=2).run(network(), train, PROBE)
+    assert seen == [type(None), Fixed, Fixed]
+
+
 # ---- soup ----------------------------------------------------------------------------------------------------------------
 
 
@@ -366,126 +385,3 @@ def test_the_report_compares_what_it_is_told_to():
         soup_report([{"steps": torch.tensor(1)}])
     with pytest.raises(MethodError, match="at least one"):
         soup_report([])
-
-
-# ---- soups during training -------------------------------------------------------------------------------------------------
-
-
-def test_a_gradual_soup_is_cut_at_the_prunings():
-    loop, model = Loop(), network()
-    gradual = GradualSoup(0.1, total_steps=60, members=2, phases=3)
-    assert gradual.cuts == [0, 10, 20, 30, 60]
-    assert gradual.steps == 10 + 2 * 50
-    assert gradual.run(model, loop, PROBE) is model
-    names = ["start", *(f"stretch{k}-member{i}" for k in (1, 2, 3) for i in range(2))]
-    assert [leg.name for leg in loop.legs] == names
-    assert sum(leg.steps for leg in loop.legs) == gradual.steps
-    assert len({leg.stream for leg in loop.legs}) == len(loop.legs)
-    assert gradual.masks.nnz() == round(0.1 * TOTAL)
-    gradual.masks.check(model)
-    cubic = [1.0, *(round((0.1 + 0.9 * (1 - k / 3) ** 3) * TOTAL) / TOTAL for k in (1, 2, 3))]
-    assert [row["density"] for row in gradual.report] == pytest.approx(cubic)
-    assert [row["step"] for row in gradual.report] == [10, 20, 30, 60]
-    assert gradual.report[-1]["accuracy"] == accuracy(model) > 0.5
-
-
-def test_a_gradual_soup_prunes_the_average():
-    loop = Loop()
-    gradual = GradualSoup(0.1, total_steps=40, members=2, phases=2)
-    gradual.run(network(norm=False), loop, PROBE)
-    mean = average_state([learned(loop, f"stretch1-member{i}") for i in range(2)])
-    magnitudes = torch.cat([mean[name].abs().flatten() for name in gradual.masks])
-    threshold = magnitudes.sort(descending=True).values[gradual.masks.nnz() - 1]
-    for i in range(2):
-        assert all(torch.equal(loop.before[f"stretch2-member{i}"][key], value) for key, value in mean.items())
-        for name, mask in gradual.masks.items():
-            assert torch.equal(mask, mean[name].abs() >= threshold)
-            assert torch.equal(loop.after[f"stretch2-member{i}"][name] != 0, mask)
-
-
-def test_the_rate_of_a_gradual_soup_runs_on_through_the_cuts():
-    loop = Loop()
-    GradualSoup(0.1, total_steps=40, members=2, phases=2).run(network(), loop, PROBE)
-    path = [rate for name in ("start", "stretch1-member0", "stretch2-member0") for rate in loop.rates[name]]
-    assert path == pytest.approx([1 - step / 40 for step in range(40)])
-
-
-def plain_run(make: type[Sparsifier], steps: int, **options: int) -> nn.Module:
-    """The same training in one piece: no momentum, so that fresh optimizers make no difference."""
-    model = network(norm=False)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    sparsifier = make(0.1, total_steps=steps, **options).attach(model, optimizer)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(INPUTS[TRAIN]), LABELS[TRAIN]).backward()
-        optimizer.step()
-    sparsifier.finalize()
-    return model
-
-
-@pytest.mark.parametrize("make", [GMP, DPF])
-def test_a_gradual_soup_of_equal_members_is_the_uncut_run(make):
-    """Full batches and no momentum: cutting, copying, averaging and resuming must change nothing."""
-
-    def train(model: nn.Module, sparsifier: Sparsifier | None, leg: Leg) -> nn.Module:
-        assert sparsifier is not None
-        optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        sparsifier.attach(model, optimizer)
-        for _ in range(leg.steps):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(INPUTS[TRAIN]), LABELS[TRAIN]).backward()
-            optimizer.step()
-        sparsifier.finalize()
-        return model
-
-    gradual = GradualSoup(0.1, total_steps=40, members=2, phases=2, make=make)
-    model = gradual.run(network(norm=False), train, PROBE)
-    uncut = plain_run(make, 40, every=10)
-    for key, value in uncut.state_dict().items():
-        assert torch.equal(model.state_dict()[key], value), key
-    assert gradual.masks.nnz() == round(0.1 * TOTAL)
-
-
-def test_the_dense_weights_behind_the_mask_are_averaged_too():
-    """With DPF pruned weights come back: the mask of the end is not nested in the one before."""
-    loop = Loop(rate=0.3)
-    gradual = GradualSoup(0.3, total_steps=120, members=2, make=DPF, every=15)
-    model = gradual.run(network(norm=False), loop, PROBE)
-    gradual.masks.check(model)
-    ends = [loop.after[f"stretch{k}-member0"]["0.weight"] != 0 for k in range(4, len(gradual.cuts) - 1)]
-    assert any(bool((later & ~earlier).any()) for earlier, later in zip(ends, ends[1:], strict=False))
-
-
-def test_a_method_that_follows_the_batch_or_tells_no_steps_is_refused():
-    gradual = GradualSoup(0.3, total_steps=40, members=2, phases=2, make=RigL)
-    with pytest.raises(MaskError, match="differ"):
-        gradual.run(network(), Loop(), PROBE)
-
-    class Anytime(Sparsifier):
-        """Says nothing about when."""
-
-        def __init__(self, density: float, *, total_steps: int, every: int) -> None:
-            super().__init__(density)
-
-    with pytest.raises(MethodError, match="Anytime does not say when"):
-        GradualSoup(0.3, total_steps=40, make=Anytime)
-    with pytest.raises(MethodError, match="at least 1"):
-        GradualSoup(0.3, total_steps=40, members=0)
-
-
-@given(st.integers(1, 4), st.integers(1, 6), st.integers(30, 200))
-@settings(max_examples=30, deadline=None)
-def test_steps_of_a_gradual_soup_grow_with_the_path(members, phases, total):
-    build = partial(GradualSoup, 0.1, members=members, phases=phases)
-    assert build(total_steps=total + 1).steps >= build(total_steps=total).steps >= total
-
-
-def test_fixed_masks_are_what_holds_a_member():
-    seen = []
-
-    def train(model: nn.Module, sparsifier: Sparsifier | None, leg: Leg) -> nn.Module:
-        seen.append(type(sparsifier))
-        return Loop()(model, sparsifier, leg)
-
-    SparseModelSoup(0.3, total_steps=12, phases=1, members=2).run(network(), train, PROBE)
-    assert seen == [type(None), Fixed, Fixed]

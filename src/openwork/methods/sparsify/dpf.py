@@ -21,7 +21,7 @@ from torch import Tensor
 from openwork.cards import Card
 from openwork.core.masks import Masks
 from openwork.core.schedules import Every, cubic
-from openwork.methods.sparsify._common import period, unit
+from openwork.methods.sparsify._common import period, unit, updates
 from openwork.sparsifier.sparsifier import Grads, Params, Sparsifier, State
 
 CARD = Card(
@@ -67,9 +67,9 @@ class DPF(Sparsifier):
     ) -> None:
         super().__init__(density, **options)
         steps = period(total_steps, every)
-        updates = max(1, round(unit("end", end) * total_steps) // steps)
-        self.every = Every(steps, steps, max(unit("stop", stop) * total_steps, updates * steps + 1))
-        self.target = cubic(1.0, density, steps=updates * steps)
+        length = updates(total_steps, steps, 0, unit("end", end) * total_steps) * steps
+        self.every = Every(steps, steps, max(unit("stop", stop) * total_steps, length + 1))
+        self.target = cubic(1.0, density, steps=length)
         self.behind: dict[str, Tensor] = {}
 
     def initial(self, params: Params) -> Masks:
@@ -103,6 +103,9 @@ class DPF(Sparsifier):
         for name, param in params.items():
             self.behind[name].copy_(param)
         self.project()
+
+    def between_steps(self, params: Params) -> None:
+        """Leave the dense weights in place for the next of several optimizers."""
 
     def extra_state(self) -> State:
         """Return the dense weights."""

@@ -16,7 +16,7 @@ from openwork.cards import Card
 from openwork.core.masks import Masks
 from openwork.core.schedules import Every, cubic
 from openwork.errors import MethodError
-from openwork.methods.sparsify._common import period, unit
+from openwork.methods.sparsify._common import period, unit, updates
 from openwork.sparsifier.sparsifier import Grads, Params, Sparsifier
 
 CARD = Card(
@@ -75,9 +75,9 @@ class GMP(Sparsifier):
             raise MethodError(f"initial={initial!r} is below the final density {density!r}; pruning cannot add weights")
         self.start_density, self.layerwise = initial, scope == "layers"
         steps, first = period(total_steps, every), round(begin * total_steps)
-        updates = max(1, round((end - begin) * total_steps) // steps)
-        self.every = Every(steps, first + steps, first + updates * steps + 1)
-        self.target = cubic(initial, density, begin=first, steps=updates * steps)
+        length = updates(total_steps, steps, first, first + (end - begin) * total_steps) * steps
+        self.every = Every(steps, first + steps, first + length + 1)
+        self.target = cubic(initial, density, begin=first, steps=length)
 
     def initial(self, params: Params) -> Masks:
         """Return all ones, or random masks when the start is sparse."""

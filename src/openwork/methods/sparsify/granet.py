@@ -27,7 +27,7 @@ from openwork.core import criteria
 from openwork.core.masks import Masks
 from openwork.core.schedules import Every, cosine, cubic
 from openwork.errors import MethodError
-from openwork.methods.sparsify._common import period, unit
+from openwork.methods.sparsify._common import period, unit, updates
 from openwork.sparsifier.procedure import Leg, Train
 from openwork.sparsifier.sparsifier import Fixed, Grads, Params, Sparsifier
 
@@ -92,9 +92,8 @@ class GraNet(Sparsifier):
         self.start_density = initial
         self.grow = criteria.gradient if grow == "gradient" else criteria.random
         steps = period(total_steps, every)
-        updates = max(1, round(unit("end", end) * total_steps) // steps)
         self.every = Every(steps, steps)
-        self.shrink_until = updates * steps
+        self.shrink_until = updates(total_steps, steps, 0, unit("end", end) * total_steps) * steps
         self.target = cubic(initial, density, steps=self.shrink_until)
         self.share = cosine(unit("death", death), unit("floor", floor), steps=total_steps)
 
