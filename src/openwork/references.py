@@ -35,7 +35,8 @@ def resolve(text: str) -> Callable[..., Any]:
     module = _from_file(Path(place)) if place.endswith(".py") else _from_module(place)
     found = getattr(module, name, None)
     if found is None:
-        public = ", ".join(sorted(n for n in vars(module) if not n.startswith("_") and callable(getattr(module, n))))
+        own = {n: v for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__}
+        public = ", ".join(sorted(n for n in own if not n.startswith("_")))
         raise LookupFailed(f"{place!r} has no function {name!r}; it has: {public or 'no functions'}")
     if not callable(found):
         raise LookupFailed(f"{text!r} is a {type(found).__name__}, not a function")

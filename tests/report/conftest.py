@@ -96,6 +96,27 @@ def make(
             "claims": claims}  # fmt: skip
 
 
+def hostile(kind: str = "study") -> dict[str, Any]:
+    """Return results in which every name is one of the hostile ones."""
+    names = list(HOSTILE.values())
+    results = make(methods=names, densities=(0.1, 0.05), seeds=2, kind=kind, lost=[(f"{names[0]}@0.1", 1, "failed")])
+    bad = iter(names * 50)
+    results["name"] = results["preset"] = HOSTILE["script"] + HOSTILE["template"]
+    results["about"] = "".join(name for name in names if len(name) < 100)
+    results["columns"] = {"accuracy": HOSTILE["script"], "nll": HOSTILE["template"]}
+    results["environment"] = {next(bad): next(bad) for _ in names}
+    results["recipe"] = {"data": HOSTILE["script"], "model": HOSTILE["ansi"], **{next(bad): next(bad) for _ in names}}
+    for row in results["rows"]:
+        row["note"] = next(bad)
+        row["metrics"] = {"nll": {"mean": 0.5, "low": 0.4, "high": 0.6}}
+    for trial in results["trials"]:
+        trial["layers"] = {next(bad): layer for layer in trial["layers"].values()}
+        trial["error"] = next(bad) if trial["status"] != "ok" else None
+    for claim in results["claims"]:
+        claim.update(text=next(bad), reason=next(bad), metric=next(bad))
+    return results
+
+
 def _trial(arm: str, seed: int, status: str, accuracy: float, density: float) -> dict[str, Any]:
     good = status == "ok"
     steps = np.linspace(0, 1800, 40)

@@ -64,7 +64,7 @@ def test_loss_is_the_mean_at_common_steps(results: dict[str, Any]) -> None:
         if trial["seed"] == 0:
             trial["curves"]["loss"].append([30, 0.5])
     found = {one.name: one for one in loss_series(results, 0.05)}
-    assert list(found)[0] == "dense"
+    assert next(iter(found)) == "dense"
     assert (found["rigl"].x, found["rigl"].y) == ((0.0, 10.0), (4.0, 1.0))
     assert found["set"].y[0] == pytest.approx((2 + 3 + 5 + 6) / 4)  # seed 2 diverged
     assert loss_series(results, 0.3) == []

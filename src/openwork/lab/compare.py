@@ -66,7 +66,7 @@ def run(recipe: Recipe, arm: Arm, seed: int, work: Work) -> Outcome:
     saved = saving.save(model, work.folder / MODEL_FILE)
     total = sum(param.numel() for param in model.parameters())
     off = masks.total() - masks.nnz()
-    budget = 3.0 * steps * recipe.batch_size * cost.flops()
+    budget = 3.0 * steps * trainer.batch * cost.flops()
     return Outcome(
         metrics={
             "accuracy": scores.accuracy,

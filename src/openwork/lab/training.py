@@ -35,6 +35,7 @@ class Trainer:
     Attributes:
         flops: training FLOPs so far, forward passes for scoring included.
         steps: optimizer steps so far.
+        batch: examples a step.
         curve: [step, loss] over all legs.
     """
 
@@ -45,6 +46,8 @@ class Trainer:
         self.scratch, self.total, self.progress = scratch, max(1.0, total_steps), progress
         self.flops, self.steps = 0.0, 0
         self.curve: list[list[float]] = []
+        first, _ = next(iter(source.train_batches(seed, 0, settings.batch_size)))
+        self.batch = len(first)  # a user's own loader keeps its own batch size
         self._cost: Cost | None = None
 
     def cost(self, model: nn.Module) -> Cost:
@@ -80,7 +83,7 @@ class Trainer:
             checkpoint=self.scratch / leg.name,
             on_step=tell,
         )
-        self.flops += self.settings.batch_size * leg_flops(cost, sparsifier, leg.steps)
+        self.flops += self.batch * leg_flops(cost, sparsifier, leg.steps)
         self.curve += [[self.steps + step, loss] for step, loss in history.losses]
         self.steps += leg.steps
         return model

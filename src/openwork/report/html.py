@@ -176,7 +176,9 @@ def _value(value: object) -> str:
 
 def _byline(results: Results) -> list[str]:
     recipe, machine = results.get("recipe") or {}, results.get("environment") or {}
-    shown = [count(len(lines(results)), "method"), count(len(results.get("trials") or []), "trial")]
+    sparse = [line for line in lines(results) if line != DENSE]
+    shown = [count(len(sparse), "method") + (" and dense" if len(sparse) < len(lines(results)) else "")]
+    shown.append(count(len(results.get("trials") or []), "trial"))
     seeds = finite(recipe.get("seeds"))
     if seeds:
         shown.insert(1, count(int(seeds), "seed"))

@@ -144,7 +144,7 @@ def markdown_table(results: Results) -> str:
     """Return the rows as a Markdown table."""
     shown = columns(results)
     body = [[escape_markdown(column.cell(row)) for column in shown] for row in rows(results)]
-    return markdown([column.title for column in shown], body, [column.number for column in shown])
+    return markdown([escape_markdown(column.title) for column in shown], body, [column.number for column in shown])
 
 
 def markdown_claims(claims: Sequence[Mapping[str, Any]]) -> str:
@@ -159,7 +159,7 @@ def markdown_claims(claims: Sequence[Mapping[str, Any]]) -> str:
 
 
 def markdown(titles: Sequence[str], body: Sequence[Sequence[str]], numbers: Sequence[bool]) -> str:
-    """Return a Markdown table of cells that are already escaped; number columns are aligned to the right."""
+    """Return a Markdown table of titles and cells that are already escaped; number columns are aligned to the right."""
     rule = ["---:" if number else ":---" for number in numbers]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (titles, rule, *body))
 

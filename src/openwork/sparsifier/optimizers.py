@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer, SparseAdam
@@ -9,12 +11,22 @@ from torch.optim import LBFGS, Optimizer, SparseAdam
 from openwork.errors import OptimizerError
 
 
-def check_optimizer(optimizer: object, params: dict[str, nn.Parameter]) -> None:
-    """Check that `optimizer` steps the masked parameters in a way that masks survive.
+def check_optimizers(optimizers: Sequence[Optimizer], params: Mapping[str, nn.Parameter]) -> None:
+    """Check that the optimizers step the masked parameters in a way that masks survive.
 
     Raises:
-        OptimizerError: for LBFGS and SparseAdam, for what is no optimizer, and for one that holds none of `params`.
+        OptimizerError: for LBFGS and SparseAdam, for what is no optimizer, and where none holds any of `params`.
     """
+    for optimizer in optimizers:
+        _check_kind(optimizer)
+    held = {id(param) for one in optimizers for group in one.param_groups for param in group["params"]}
+    if optimizers and not any(id(param) in held for param in params.values()):
+        raise OptimizerError(
+            "the optimizer holds none of the model's masked parameters; build it from the parameters of this very model"
+        )
+
+
+def _check_kind(optimizer: object) -> None:
     if not isinstance(optimizer, Optimizer):
         raise OptimizerError(f"attach(model, optimizer) takes a torch.optim.Optimizer, not {type(optimizer).__name__}")
     if isinstance(optimizer, LBFGS):
@@ -24,11 +36,6 @@ def check_optimizer(optimizer: object, params: dict[str, nn.Parameter]) -> None:
         )
     if isinstance(optimizer, SparseAdam):
         raise OptimizerError("SparseAdam takes sparse gradients of embeddings, which have no mask; use Adam or AdamW")
-    held = {id(param) for group in optimizer.param_groups for param in group["params"]}
-    if not any(id(param) for param in params.values() if id(param) in held):
-        raise OptimizerError(
-            "the optimizer holds none of the model's masked parameters; build it from the parameters of this very model"
-        )
 
 
 def overflowed(optimizer: Optimizer) -> bool:

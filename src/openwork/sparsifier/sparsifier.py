@@ -147,8 +147,7 @@ class Sparsifier:
             raise MaskError(f"this {type(self).__name__} is attached already; call finalize() or build another")
         params = maskable(unwrap(model), self._choice, self._exclude)
         stepping = [] if optimizer is None else [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
-        for one in stepping:
-            optimizers.check_optimizer(one, params)
+        optimizers.check_optimizers(stepping, params)
         self._check_pattern(params)
         self._params, self._optimizers = params, stepping
         self._fresh = [optimizers.fresh_values(one) for one in stepping]
@@ -363,6 +362,8 @@ class Sparsifier:
             if not bool(changed.any()):
                 continue
             if self.clears_state:
+                if param.grad is not None:
+                    param.grad.masked_fill_(changed, 0)  # as mask_gradients() does: what is new steps from the next step on
                 for optimizer, fresh in zip(self._optimizers, self._fresh, strict=True):
                     optimizers.clear_state(optimizer, param, changed, fresh)
             self.born(name, param, changed & masks[name])

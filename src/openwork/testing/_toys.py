@@ -21,16 +21,21 @@ Make = Callable[..., Sparsifier]
 MakeOptimizer = Callable[[nn.Module], "Optimizer | Sequence[Optimizer]"]
 
 
+def linear(inputs: int, outputs: int, *, bias: bool = True) -> nn.Linear:
+    """Return a linear layer whose weights are not drawn yet."""
+    return nn.Linear(inputs, outputs, bias=bias, device="meta").to_empty(device="cpu")
+
+
 class Tied(nn.Module):
     """A network that uses one weight in two places."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first = nn.utils.skip_init(nn.Linear, INPUTS, 16)
-        self.middle = nn.utils.skip_init(nn.Linear, 16, 16)
-        self.again = nn.utils.skip_init(nn.Linear, 16, 16)
+        self.first = linear(INPUTS, 16)
+        self.middle = linear(16, 16)
+        self.again = linear(16, 16)
         self.again.weight = self.middle.weight
-        self.last = nn.utils.skip_init(nn.Linear, 16, CLASSES)
+        self.last = linear(16, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (batch, 4) of inputs (batch, 12)."""
@@ -48,7 +53,7 @@ def fill(model: nn.Module, seed: int) -> nn.Module:
 def network(seed: int = 0, *, bias: bool = True) -> nn.Module:
     """Return a network (12) -> 16 -> 8 -> (4) whose sides patterns of 4 divide: 192 + 128 + 32 weights."""
     sides = [(INPUTS, 16), (16, 8), (8, CLASSES)]
-    one, two, three = (nn.utils.skip_init(nn.Linear, *side, bias=bias) for side in sides)
+    one, two, three = (linear(*side, bias=bias) for side in sides)
     return fill(nn.Sequential(one, nn.Tanh(), two, nn.Tanh(), three), seed)
 
 

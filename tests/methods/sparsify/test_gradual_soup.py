@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import itertools
 from functools import partial
 
 import pytest

@@ -254,7 +254,8 @@ class GradualSoup:
             mean = average_state([unwrap(member).state_dict() for member in self.members], masks=self.masks)
             unwrap(model).load_state_dict(mean)
             nonzero = count_nonzero(model, self.masks) / self.masks.total()
-            row = {"step": end, "density": self.masks.density(), "nonzero": nonzero, "members": scores}
+            row: dict[str, Any] = {"step": end, "density": self.masks.density(), "nonzero": nonzero}
+            row |= {"members": scores, "chosen": list(range(len(scores)))}
             self.report.append(row | {"accuracy": self._measure(model, probe)})
         return model
 

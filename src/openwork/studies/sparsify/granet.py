@@ -1,12 +1,12 @@
 """GraNet against RigL, SET and gradual pruning, and what regeneration does to a network's power to recover.
 
-Compared, at the same total steps: dense, a static random mask at ERK densities, SET, RigL with its own settings and with
-ITOP's (more exchange, to the end of training), GMP over all layers and with every layer held at its ERK density, GraNet
-from density .5 and from dense, GraNet with random growth, and one-shot pruning with fine-tuning. The core of these also on
-a small convolutional network.
+Compared, at the same total steps: dense, a static random mask at ERK densities, SET, RigL with its own settings and
+with ITOP's (more exchange, to the end of training), GMP over all layers and with every layer held at its ERK density,
+GraNet from density .5 and from dense, GraNet with random growth, and one-shot pruning with fine-tuning. The core of
+these also on a small convolutional network.
 True would be: SET, RigL, GMP and GraNet above the static mask, GraNet above RigL, above GMP and above GMP at ERK
-densities, and gradient growth above random growth. GraNet against GMP is close, so their equivalence is a claim too. The
-perceptron's claims are about the mean over both densities.
+densities, and gradient growth above random growth. GraNet against GMP is close, so their equivalence is a claim too.
+The perceptron's claims are about the mean over both densities.
 Plasticity: dense checkpoints are pruned, with and without regeneration, and trained on at the learning rate of their
 time; it should fall once the learning rate has dropped, and regeneration should not lower it.
 Departures and limits: small networks and few epochs instead of ResNet-50 and VGG-19; all methods update at the same
@@ -33,7 +33,7 @@ from openwork.data.source import Source
 from openwork.lab.claims import Claim
 from openwork.lab.spec import Arm
 from openwork.lab.study import Outcome, Study, Work
-from openwork.lab.training import layer_table
+from openwork.lab.training import Trainer, layer_table
 from openwork.methods.sparsify.granet import pruning_plasticity
 from openwork.models.outputs import logits
 from openwork.sparsifier import Leg, Sparsifier
@@ -74,10 +74,10 @@ class Config(Training):
     """What the study trains on, and how."""
 
     network: str = Field("mlp-300-100", description="network of all arms")
-    conv: str | None = Field("cnn", description="second network, of the core arms at the first density; none to leave out")
+    conv: str | None = Field("cnn", description="second network, of the core arms at the first density; or none")
     density: tuple[float, ...] = Field((0.05, 0.02), description="shares of weights to keep")
     every: int = Field(20, ge=1, description="steps between mask updates")
-    checkpoints: tuple[float, ...] = Field((0.125, 0.375, 0.625, 1.0), description="plasticity: shares of dense training")
+    checkpoints: tuple[float, ...] = Field((0.125, 0.375, 0.625, 1.0), description="plasticity: after these shares")
     rates: tuple[float, ...] = Field((0.5, 0.9, 0.98), description="plasticity: pruning rates")
     recovery: float = Field(0.25, gt=0, description="plasticity: training after pruning, as a share of the full one")
 
@@ -94,7 +94,7 @@ def arms(cfg: Config) -> list[Arm]:
                 "options": options,
                 "networks": _networks(cfg, entry.core and place == 0),
             }
-            found.append(Arm(f"{name}@{density:g}", settings, name, density, entry.note))
+            found.append(Arm(f"{name}@{density:g}", settings, entry.method, density, entry.note))
     return [*found, Arm(PLASTICITY, {"table": True}, PLASTICITY, 1.0, "pruned dense checkpoints; no method of its own")]
 
 
@@ -138,9 +138,12 @@ def claims(cfg: Config) -> list[Claim]:
         *found,
         Claim("Plasticity falls once the learning rate has dropped", "plasticity_fall", {PLASTICITY: 1.0}),
         Claim(
-            "Regeneration lowers plasticity by less than half a point", "regeneration_gain", {PLASTICITY: 1.0}, margin=-0.005
+            "Regeneration lowers plasticity by less than half a point",
+            "regeneration_gain",
+            {PLASTICITY: 1.0},
+            margin=-0.005,
         ),
-    ]  # fmt: skip
+    ]
 
 
 class Explored(Sparsifier):
@@ -194,10 +197,9 @@ def _plasticity(cfg: Config, source: Source, seed: int, work: Work) -> Outcome:
     trainer = _common.new_trainer(cfg, source, seed, work, round(max(cfg.checkpoints) * steps) + pruned)
     rows = []
     for point, model in _checkpoints(cfg, source, seed, steps, trainer.train).items():
-        multiple = rates.step(min(point, 1.0 - 1e-9))
         rows += pruning_plasticity(
             {f"{point:g}": model},
-            lambda model, held, leg, at=multiple: trainer.train(model, held, replace(leg, schedule=schedules.constant(at))),
+            partial(_recover, trainer, rates.step(min(point, 1.0 - 1e-9))),
             lambda model: evaluate(model, source.batches("test"), cfg.device).accuracy,
             rates=cfg.rates,
             steps=recovery,
@@ -206,8 +208,13 @@ def _plasticity(cfg: Config, source: Source, seed: int, work: Work) -> Outcome:
     return Outcome(_summary(cfg, rows), details={"table": rows})
 
 
+def _recover(trainer: Trainer, rate: float, model: nn.Module, held: Sparsifier | None, leg: Leg) -> nn.Module:
+    """Train on at the learning rate of the checkpoint, as a multiple of the base rate."""
+    return trainer.train(model, held, replace(leg, schedule=schedules.constant(rate)))
+
+
 def _checkpoints(cfg: Config, source: Source, seed: int, steps: int, train: Any) -> dict[float, nn.Module]:
-    """Return dense models at shares of a training whose rate falls to a tenth at one half and again at three quarters."""
+    """Return dense models at shares of a training whose rate falls tenfold at one half and at three quarters."""
     model = _common.build_model(source, cfg.network, seed)
     found: dict[float, nn.Module] = {}
     done = 0
@@ -233,10 +240,10 @@ def _gradients(cfg: Config, source: Source, model: nn.Module, seed: int) -> dict
 
 
 def _summary(cfg: Config, rows: list[dict[str, Any]]) -> dict[str, float]:
-    metrics = {
-        f"plasticity_{row['checkpoint']}_{row['rate']:g}_{'grown' if row['regenerated'] else 'pruned'}": row["plasticity"]
-        for row in rows
-    }
+    metrics = {}
+    for row in rows:
+        how = "grown" if row["regenerated"] else "pruned"
+        metrics[f"plasticity_{row['checkpoint']}_{row['rate']:g}_{how}"] = row["plasticity"]
     grown = [row["plasticity"] for row in rows if row["regenerated"]]
     plain = [row["plasticity"] for row in rows if not row["regenerated"]]
     early = [row["plasticity"] for row in rows if not row["regenerated"] and float(row["checkpoint"]) < 0.5]
@@ -270,8 +277,8 @@ STUDY = Study(
     name="granet",
     config=Config,
     presets={
-        "smoke": {"train": 600, "epochs": 4, "batch_size": 64, "network": "mlp-64-32", "density": (0.1, 0.05), "every": 2,
-                  "rates": (0.9,), "checkpoints": (0.25, 1.0), "seeds": 2},
+        "smoke": {"train": 600, "epochs": 4, "batch_size": 64, "network": "mlp-64-32", "density": (0.05,), "every": 2,
+                  "rates": (0.9,), "checkpoints": (0.25, 1.0), "seeds": 1},
         "laptop": {"data": "fashion-mnist", "train": 20000, "epochs": 3},
         "paper": {"data": "cifar10", "network": "resnet50", "conv": None, "density": (0.1, 0.05, 0.02), "epochs": 160,
                   "schedule": "step", "warmup": 0.0, "augment": "flip-shift", "every": 1000},
@@ -288,8 +295,8 @@ STUDY = Study(
         "regeneration_gain": "regeneration",
     },
     about=(
-        "Small networks and few epochs: the order of methods far from convergence, not the paper's numbers. A dense start "
-        "costs more training FLOPs than a sparse one, so GMP and GraNet are not at equal FLOPs with RigL; the column says "
-        "by how much. The second network is trained by the core methods at the first density only."
+        "Small networks and few epochs: the order of methods far from convergence, not the paper's numbers. A dense "
+        "start costs more training FLOPs than a sparse one, so GMP and GraNet are not at equal FLOPs with RigL; the "
+        "column says by how much. The second network is trained by the core methods at the first density only."
     ),
 )  # fmt: skip
