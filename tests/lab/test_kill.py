@@ -24,7 +24,8 @@ WORDS = ["compare", "--model", "mlp-32", "--methods", "dense,granet,soups", "--d
 def start(out: Path) -> subprocess.Popen[bytes]:
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     command = [sys.executable, "-m", "openwork", *WORDS, "--out", str(out)]
-    return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+    with out.with_suffix(".log").open("wb") as log:
+        return subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
 
 
 def metrics(out: Path) -> dict[str, object]:
@@ -50,8 +51,7 @@ def unreadable(out: Path) -> list[str]:
 
 @pytest.mark.timeout(1800)
 def test_a_killed_sweep_equals_an_uninterrupted_one(tmp_path):
-    whole = start(tmp_path / "whole")
-    assert whole.wait() == 0, whole.stderr.read().decode() if whole.stderr else ""
+    assert start(tmp_path / "whole").wait() == 0, (tmp_path / "whole.log").read_text()
     chance = random.Random(0)
     for _ in range(KILLS):
         process = start(tmp_path / "killed")
@@ -59,11 +59,9 @@ def test_a_killed_sweep_equals_an_uninterrupted_one(tmp_path):
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         assert unreadable(tmp_path / "killed") == []
-    last = start(tmp_path / "killed")
-    assert last.wait() == 0, last.stderr.read().decode() if last.stderr else ""
+    assert start(tmp_path / "killed").wait() == 0, (tmp_path / "killed.log").read_text()
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
-    left = [path for path in (tmp_path / "killed").rglob(".openwork-*")]
-    assert left == []
+    assert list((tmp_path / "killed").rglob(".openwork-*")) == []
 
 
 def test_the_children_of_a_killed_sweep_end_with_it(tmp_path):

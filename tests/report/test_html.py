@@ -167,6 +167,19 @@ def test_study(make_results: Make) -> None:
     assert "openwork study rigl --preset laptop" in page.of("code")
 
 
+def test_what_a_verdict_rests_on(results: dict[str, Any]) -> None:
+    claim = {"text": "t", "metric": "nll", "estimate": 1.5, "low": 1.0, "high": 2.0, "adjusted_p": 0.02, "verdict": "holds"}
+    results["rows"], results["trials"] = [], []
+    results["claims"] = [
+        {**claim, "reason": "the interval is above 0; n = 3 of 3"},
+        {**claim, "adjusted_p": None, "reason": ""},
+        {"text": "u", "metric": "nll", "verdict": "?"},
+    ]
+    told = Page(report(results)).of("p")
+    assert "Estimate 1.5, interval 1 to 2, corrected p 0.020. The interval is above 0; n = 3 of 3." in told
+    assert "Estimate 1.5, interval 1 to 2." in told
+
+
 def test_hostile_names_stay_in_their_places(hostile_text: str, tmp_path: Path) -> None:
     page = Page(hostile_text)
     assert page.open == []

@@ -128,6 +128,7 @@ def test_lone_method(make_results: Make) -> None:
         (["not testable here"], "The claim is not testable here."),
         (["holds", "holds", "leans"], "Of 3 claims, 2 hold and 1 leans its way."),
         (["fails", "leans", "leans", "holds"], "Of 4 claims, 1 holds, 2 lean their way and 1 fails."),
+        (["holds", "holds"], "All 2 claims hold."),
         (["?", "?"], "2 claims, none judged."),
     ],
 )

@@ -39,7 +39,6 @@ def study(made: Plan, console: Console, *, preset: str, threads: int, workers: i
         from openwork.report import pages
 
         pages.write_study_page(found, docs / f"{made.study.name}.md", docs / "figures")
-        atomic.write_json(docs / f"{made.study.name}.json", sweep.summary(found))
         pages.write_index(docs)
 
 

@@ -130,12 +130,6 @@ def write(made: Plan, found: Mapping[str, Any]) -> Path:
     return path
 
 
-def summary(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the results without each trial's curves and layers: what is worth keeping beside a page."""
-    trials = [{k: v for k, v in trial.items() if k not in ("curves", "layers")} for trial in found["trials"]]
-    return dict(_finite({**found, "trials": trials}))
-
-
 def complaints(made: Plan) -> TrialError | None:
     """Return one error that says what went wrong in the trials that did not end well, or None."""
     lost = [result for result in made.results.values() if result["status"] != "ok"]

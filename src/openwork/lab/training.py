@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -61,8 +61,18 @@ class Trainer:
         x, _ = next(iter(self.source.batches("test", 1)))
         return x[:1].to(self.settings.device)
 
-    def train(self, model: nn.Module, sparsifier: Sparsifier | None, leg: Leg) -> nn.Module:
-        """Train `model` in place for one leg and return it; the signature that procedures call."""
+    def train(
+        self,
+        model: nn.Module,
+        sparsifier: Sparsifier | None,
+        leg: Leg,
+        observe: Callable[[int], None] | None = None,
+    ) -> nn.Module:
+        """Train `model` in place for one leg and return it; the signature that procedures call.
+
+        `observe` is called after each step with the number of the leg's steps done, as `fit` does; not again for steps
+        that a checkpoint holds.
+        """
         cost = self.cost(model.to(self.settings.device))
         done = self.steps
 
@@ -82,6 +92,7 @@ class Trainer:
             sparsifier=sparsifier,
             checkpoint=self.scratch / leg.name,
             on_step=tell,
+            observe=observe,
         )
         self.flops += self.batch * leg_flops(cost, sparsifier, leg.steps)
         self.curve += [[self.steps + step, loss] for step, loss in history.losses]

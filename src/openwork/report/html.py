@@ -93,7 +93,7 @@ def report(results: Results, masks: Masks | None = None) -> str:
         notes=_notes(results),
         figures=_figures(results),
         pictures=_pictures(masks or {}),
-        claims=[(_word(claim), *claim_cells(claim), visible(claim.get("reason"), 300)) for claim in _claims(results)],
+        claims=[_claim(claim) for claim in results.get("claims") or [] if isinstance(claim, Mapping)],
         failures=failures(results),
         losses=[_loss(trial) for trial in losses(results)[:SHOWN_LOSSES]],
         unshown=max(0, len(losses(results)) - SHOWN_LOSSES),
@@ -275,14 +275,17 @@ def _pictures(masks: Masks) -> list[tuple[str, list[tuple[str, Markup]]]]:
     return found
 
 
-def _claims(results: Results) -> list[Mapping[str, Any]]:
-    return [claim for claim in results.get("claims") or [] if isinstance(claim, Mapping)]
-
-
-def _word(claim: Mapping[str, Any]) -> tuple[str, str]:
-    """Return a claim's verdict and its class for the style."""
+def _claim(claim: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    """Return a claim's verdict, its class for the style, its sentence, and what the verdict rests on."""
     verdict = visible(claim.get("verdict"), 20)
-    return verdict, verdict if verdict in ("holds", "leans", "fails") else "untested"
+    text, estimate, interval, p = claim_cells(claim)
+    reason = visible(claim.get("reason") or "", 300)
+    parts = [f"Estimate {estimate}, interval {interval}"] if interval != NOTHING else []
+    if parts and p != NOTHING:
+        parts[0] += f", corrected p {p}"
+    parts += [reason[:1].upper() + reason[1:]] if reason else []
+    kind = verdict if verdict in ("holds", "leans", "fails") else "untested"
+    return verdict, kind, text, " ".join(f"{part}." for part in parts)
 
 
 def _loss(trial: Mapping[str, Any]) -> tuple[str, str, str, str]:

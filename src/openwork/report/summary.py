@@ -170,6 +170,8 @@ def _claims_headline(claims: Sequence[Mapping[str, Any]]) -> str:
     if len(claims) == 1:
         (kind,) = kinds
         return f"The claim {words.get(kind, (visible(kind),))[0]}."
+    if len(kinds) == 1 and (kind := next(iter(kinds))) in words:
+        return f"All {len(claims)} claims {words[kind][1]}."
     parts = [f"{n} {words[kind][n != 1]}" for kind in words if (n := kinds[kind])]
     return f"Of {len(claims)} claims, {listing(parts)}." if parts else f"{len(claims)} claims, none judged."
 

@@ -13,6 +13,7 @@ from torch import nn
 from openwork import data, models, registry
 from openwork.core.masks import Masks
 from openwork.data.source import Source
+from openwork.errors import MethodError
 from openwork.lab.spec import Config
 from openwork.lab.study import Work
 from openwork.lab.training import Trainer
@@ -106,7 +107,29 @@ def settings(cfg: Training, steps: int) -> Settings:
 
 def make_method(name: str, density: float, steps: int, seed: int, **options: Any) -> Sparsifier | Procedure | None:
     """Return a method by name with those of density, total_steps and seed that it takes; None for dense."""
-    return None if name == DENSE else construct(registry.load(name), density, steps, seed, **options)
+    if name == DENSE:
+        return None
+    made: Sparsifier | Procedure = construct(registry.load(name), density, steps, seed, **options)
+    return made
+
+
+def make_sparsifier(
+    name: str, density: float, steps: int, seed: int, *, mixin: type[Sparsifier] | None = None, **options: Any
+) -> Sparsifier:
+    """Return a Sparsifier by name, with a class mixed in that may watch it.
+
+    The mixed class keeps the method's name, on which its random draws depend.
+
+    Raises:
+        MethodError: if the method is a procedure.
+    """
+    entry = registry.load(name)
+    if not issubclass(entry, Sparsifier):
+        raise MethodError(f"{name!r} is a procedure of several legs and no Sparsifier; use make_method")
+    if mixin is not None:
+        entry = type(entry.__name__, (mixin, entry), {})
+    made: Sparsifier = construct(entry, density, steps, seed, **options)
+    return made
 
 
 def construct(entry: Any, density: float, steps: int, seed: int, **options: Any) -> Any:

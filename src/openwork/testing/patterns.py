@@ -58,7 +58,7 @@ def unit_of_weight(pattern: Pattern, shape: torch.Size) -> Tensor:
         found += pattern.untile((index >> bit) % 2 == 1, shape).long() << bit
     sizes = torch.bincount(found.reshape(-1), minlength=rows * width)
     require(len(sizes) == rows * width, f"{pattern}: untile() of {tuple(shape)} yields units that tiles() does not have")
-    require(bool((sizes == sizes[0]).all()), f"{pattern}: units of {tuple(shape)} hold {sorted(set(sizes.tolist()))} weights")
+    require(bool((sizes == sizes[0]).all()), f"{pattern}: units of {tuple(shape)} hold {sizes.tolist()} weights")
     for unit in (0, rows * width - 1):
         lone = pattern.tiles((found == unit).double()).reshape(-1)
         alone = torch.where(torch.arange(len(lone)) == unit, sizes[0].double(), 0.0)

@@ -26,7 +26,6 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from openwork import registry
 from openwork.core import schedules
 from openwork.core.masks import Masks
 from openwork.data.source import Source
@@ -173,20 +172,16 @@ class Explored(Sparsifier):
         super().load_extra_state({k: v for k, v in state.items() if not k.startswith("ever.")})
 
 
-def explored(entry: type[Sparsifier]) -> type[Sparsifier]:
-    """Return the method's class with `Explored` mixed in, under its own name, on which its draws depend."""
-    return type(entry.__name__, (Explored, entry), {})
-
-
 def _train(cfg: Config, source: Source, network: str, arm: Arm, seed: int, work: Work) -> Outcome:
     model = _common.build_model(source, network, seed)
-    method = None
+    method: Sparsifier | None = None
     if arm.method != DENSE:
-        steps = _common.total_steps(cfg, source)
-        entry = explored(registry.load(arm.settings["entry"]))
-        method = _common.construct(entry, arm.settings["density"], steps, seed, **arm.settings["options"])
+        given, steps = arm.settings, _common.total_steps(cfg, source)
+        method = _common.make_sparsifier(
+            given["entry"], given["density"], steps, seed, mixin=Explored, **given["options"]
+        )
     found = _common.train(cfg, source, model, method, seed, work)
-    ever = 1.0 if method is None else method.ever.density()
+    ever = method.ever.density() if isinstance(method, Explored) else 1.0
     return Outcome({**found.metrics(), "ever_on": ever}, {"loss": found.trainer.curve}, layer_table(found.masks))
 
 

@@ -22,7 +22,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from openwork import data, registry
+from openwork import data
 from openwork.core import metrics
 from openwork.core.masks import Masks
 from openwork.core.rng import generator
@@ -63,7 +63,7 @@ class Config(Training):
     network: str = Field("mlp-{width}-{width}", description="network; without {width} it is given as an option")
     widths: tuple[int, ...] = Field((32, 128, 512), min_length=2, description="widths, each larger than the one before")
     density: tuple[float, ...] = Field((0.3, 0.1, 0.05), description="shares of weights to keep")
-    outside: str = Field("shuffled", description="strangers: a data set, or 'shuffled' for test images, pixels shuffled")
+    outside: str = Field("shuffled", description="strangers: a data set, or shuffled: test images' pixels")
     probe: int = Field(2048, ge=1, description="test images for attacks, corruptions and strangers")
     severity: int = Field(3, ge=1, le=5, description="of the corruptions")
 
@@ -187,9 +187,9 @@ def _method(cfg: Config, source: Source, model: nn.Module, arm: Arm, seed: int) 
         mask = _top_over_all(_snip(cfg, source, model, seed, redraw=False), density)
         return Fixed(mask if rule == "snip-mask" else shuffle_within_layers(mask, seed))
     if rule == "magnitude":
-        return _common.construct(registry.load("magnitude"), density, steps, seed, at=0.0)
+        return _common.make_sparsifier("magnitude", density, steps, seed, at=0.0)
     ratios = _snip(cfg, source, model, seed, redraw=True) if rule == "snip-ratio" else rule
-    return _common.construct(registry.load("random-pruning"), density, steps, seed, ratios=ratios)
+    return _common.make_sparsifier("random-pruning", density, steps, seed, ratios=ratios)
 
 
 def _snip(cfg: Config, source: Source, model: nn.Module, seed: int, *, redraw: bool) -> dict[str, Tensor]:
@@ -212,7 +212,7 @@ def _dead_rows(masks: Masks) -> float:
 
 def _pixels(source: Source) -> Arrays:
     if not isinstance(source, Arrays) or source.unit is None:
-        raise DataError(f"{source.name!r} holds no images of known scale, so they can be neither attacked nor corrupted")
+        raise DataError(f"{source.name!r} holds no images of known scale, which attacks and corruptions need")
     return source
 
 
@@ -243,8 +243,8 @@ STUDY = Study(
     name="random-pruning",
     config=Config,
     presets={
-        "smoke": {"epochs": 2, "batch_size": 64, "widths": (16, 64), "density": (0.1,), "seeds": 1, "probe": 512},
-        "laptop": {"data": "fashion-mnist", "train": 10000, "epochs": 5, "outside": "mnist"},
+        "smoke": {"epochs": 2, "batch_size": 64, "widths": (32, 128), "density": (0.1,), "seeds": 1, "probe": 512},
+        "laptop": {"data": "fashion-mnist", "train": 10000, "epochs": 5, "outside": "mnist", "seeds": 4},
         "paper": {"data": "cifar10", "network": "resnet20", "widths": (8, 16, 24), "epochs": 160, "schedule": "step",
                   "warmup": 0.0, "augment": "flip-shift"},
     },
