@@ -1,4 +1,4 @@
-"""Hypothesis strategies: sizes, densities and seeds are drawn, tensors are built from the seeds, so that all of it shrinks."""
+"""Hypothesis strategies: sizes, densities and seeds are drawn; tensors are built from the seeds, so all of it shrinks."""
 
 from __future__ import annotations
 

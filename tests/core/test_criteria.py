@@ -60,11 +60,11 @@ def test_random_comes_from_the_generator_alone():
 
 @pytest.mark.parametrize("criterion", [criteria.gradient, criteria.snip, criteria.synflow])
 def test_a_missing_gradient_is_named(criterion):
-    with pytest.raises(MaskError, match="'fc.weight' has no gradient at step 7"):
+    with pytest.raises(MaskError, match=r"'fc.weight' has no gradient at step 7"):
         criterion(torch.ones(2), Context(name="fc.weight", step=7))
 
 
 @pytest.mark.parametrize("criterion", [criteria.grasp, criteria.fisher])
 def test_a_missing_statistic_is_named(criterion):
-    with pytest.raises(MaskError, match="'fc.weight'"):
+    with pytest.raises(MaskError, match=r"'fc.weight'"):
         criterion(torch.ones(2), Context(name="fc.weight"))

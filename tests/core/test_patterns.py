@@ -163,7 +163,7 @@ def test_other_words_are_refused(word):
 
 def test_density_of_nm_is_fixed():
     NM(2, 4).check_density(0.5)
-    with pytest.raises(PatternError, match="2:4 keeps 0.5 of every layer, not 0.1"):
+    with pytest.raises(PatternError, match=r"2:4 keeps 0.5 of every layer, not 0.1"):
         NM(2, 4).check_density(0.1)
 
 

@@ -1,15 +1,13 @@
-"""One trial in a process of its own: `python -m openwork.lab.child FOLDER` runs the spec.json that lies there.
+"""One trial in a process of its own: runs the spec.json that lies in a folder and leaves result.json beside it.
 
-A crash, an out-of-memory kill or a hang costs this trial only. The process ends when its parent does.
+A crash, an out-of-memory kill or a hang costs this trial only.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
-import threading
 import time
 import traceback
 from pathlib import Path
@@ -22,7 +20,6 @@ STORE_FAILED = 74  # sysexits.h: EX_IOERR; the parent stops the sweep, since the
 
 def main(folder: str) -> int:
     """Run the trial in `folder`, write its result.json, and return the exit status."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     place = Path(folder)
     spec = json.loads((place / "spec.json").read_text(encoding="utf-8"))
     started = time.monotonic()
@@ -90,15 +87,3 @@ class _Progress:
             self._next = now + 0.25
             with contextlib.suppress(OSError):
                 self._path.write_text(f"{share:.4f}")
-
-
-def _end_with_parent() -> None:
-    """Wait for the pipe from the parent to close, then end at once: what is finished is on the disk."""
-    with contextlib.suppress(OSError, ValueError):
-        while os.read(0, 1024):
-            pass
-    os._exit(1)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))

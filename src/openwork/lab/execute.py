@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from openwork.errors import StoreError
+from openwork.errors import OpenworkError, StoreError
 from openwork.lab.child import STORE_FAILED
+from openwork.lab.nursery import Nursery
 from openwork.lab.spec import Trial
 from openwork.lab.store import Store, read_result, write_result
 
@@ -40,10 +40,10 @@ def execute(
     """
     from joblib import Parallel, delayed
 
-    stop = threading.Event()
+    stop, nursery = threading.Event(), Nursery()
     pool = Parallel(n_jobs=workers, backend="threading", return_as="generator_unordered", pre_dispatch=workers)
     try:
-        for trial, result in pool(delayed(_run)(trial, store, timeout, stop) for trial in trials):
+        for trial, result in pool(delayed(_run)(trial, store, nursery, timeout, stop) for trial in trials):
             if result is None:
                 continue
             if result["status"] == "store":
@@ -51,15 +51,18 @@ def execute(
             done(trial, result)
     finally:
         stop.set()  # children of an interrupted sweep end now; their checkpoints are kept
+        nursery.close()
 
 
-def _run(trial: Trial, store: Store, timeout: float | None, stop: threading.Event) -> tuple[Trial, dict[str, Any] | None]:
+def _run(
+    trial: Trial, store: Store, nursery: Nursery, timeout: float | None, stop: threading.Event
+) -> tuple[Trial, dict[str, Any] | None]:
     if stop.is_set():
         return trial, None
     try:
         place = store.begin(trial)
-        status, code = _child(place, timeout, stop)
-    except (OSError, StoreError) as error:
+        status, code = _child(place, nursery, timeout, stop)
+    except (OSError, OpenworkError) as error:
         stop.set()
         return trial, {"status": "store", "error": str(error)}
     if status == "stopped":
@@ -76,42 +79,20 @@ def _run(trial: Trial, store: Store, timeout: float | None, stop: threading.Even
     return trial, result
 
 
-def _child(place: Path, timeout: float | None, stop: threading.Event) -> tuple[str, int]:
+def _child(place: Path, nursery: Nursery, timeout: float | None, stop: threading.Event) -> tuple[str, int]:
     """Run the child in `place` to its end, the timeout or the stop; return how it ended and its exit status."""
     (place / "result.json").unlink(missing_ok=True)
-    command = [sys.executable, "-m", "openwork.lab.child", str(place)]
     deadline = None if timeout is None else time.monotonic() + timeout
-    with (place / "log.txt").open("wb") as log:
-        # a session of its own: Ctrl-C reaches the parent alone, which then stops its children
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True, env=_environment()
-        )
-        status = "ended"
-        try:
-            while process.poll() is None:
-                if stop.is_set():
-                    status = "stopped"
-                elif deadline is not None and time.monotonic() > deadline:
-                    status = "timeout"
-                if status != "ended":
-                    process.kill()
-                try:
-                    process.wait(timeout=0.1)
-                except subprocess.TimeoutExpired:
-                    continue
-        finally:
-            process.kill()
-            process.wait()
-            if process.stdin is not None:
-                process.stdin.close()
-    return status, process.returncode
-
-
-def _environment() -> dict[str, str]:
-    """Return the environment of a child: the parent's import path, and one thread for libraries that openwork does not set."""
-    paths = [path for path in sys.path if path]
-    quiet = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    return {**os.environ, **quiet}
+    pid, status = nursery.start(place), "ended"
+    while (code := nursery.wait(pid, 0.1)) is None:
+        if stop.is_set():
+            status = "stopped"
+        elif deadline is not None and time.monotonic() > deadline:
+            status = "timeout"
+        if status != "ended":
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    return status, code
 
 
 def _lost(trial: Trial, place: Path, status: str, code: int, timeout: float | None) -> dict[str, Any]:

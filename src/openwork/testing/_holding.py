@@ -148,10 +148,11 @@ def nan_gradient(make: Make, density: float, total_steps: int) -> None:
         run = Loop(make(density=density, total_steps=total_steps)).run(step)
         masks, weights = dict(run.sparsifier.masks), copy.deepcopy(run.model.state_dict())
         run.backward()
-        name = next(name for name, mask in masks.items() if mask.numel() > 1)
-        param = dict(run.model.named_parameters())[name]
-        require(param.grad is not None, f"{name!r} has no gradient")
-        param.grad.view(-1)[:2] = torch.nan  # type: ignore[union-attr]
+        name = next((name for name, mask in masks.items() if not bool(mask.all())), next(iter(masks)))
+        grad = dict(run.model.named_parameters())[name].grad
+        for place in (masks[name], ~masks[name]):
+            first = place.reshape(-1).nonzero().reshape(-1)[:1]
+            grad.view(-1)[first] = torch.nan  # type: ignore[union-attr]
         try:
             run.optimizer.step()
         except MaskError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from functools import partial
 
 from openwork.errors import MethodError
@@ -42,8 +42,7 @@ def check_sparsifier(make: Make, *, density: float = 0.1, total_steps: int = 50,
             raise AssertionError(f"check {name!r}: {error}") from error
 
 
-def sparsifier_checks(make: Make, *, density: float = 0.1, total_steps: int = 50) -> Iterator[tuple[str, Check]]:
-    """Yield (name, callable without arguments) of every check, for `pytest.mark.parametrize`."""
-    for room in (_holding, _loops, _stepping):
-        for name, check in room.CHECKS.items():
-            yield name, partial(check, make, density, total_steps)
+def sparsifier_checks(make: Make, *, density: float = 0.1, total_steps: int = 50) -> list[tuple[str, Check]]:
+    """Return (name, callable without arguments) of every check, for `pytest.mark.parametrize`."""
+    checks = _holding.CHECKS | _loops.CHECKS | _stepping.CHECKS
+    return [(name, partial(check, make, density, total_steps)) for name, check in checks.items()]

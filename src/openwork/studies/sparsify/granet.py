@@ -200,7 +200,7 @@ def _plasticity(cfg: Config, source: Source, seed: int, work: Work) -> Outcome:
             steps=recovery,
             regenerate=lambda model: _gradients(cfg, source, model, seed),
         )
-    return Outcome(_summary(cfg, rows), details={"table": rows})
+    return Outcome({"density": 1.0, **_summary(rows)}, details={"table": rows})
 
 
 def _recover(trainer: Trainer, rate: float, model: nn.Module, held: Sparsifier | None, leg: Leg) -> nn.Module:
@@ -234,7 +234,7 @@ def _gradients(cfg: Config, source: Source, model: nn.Module, seed: int) -> dict
         return dict(zip(params, torch.autograd.grad(loss, list(params.values())), strict=True))
 
 
-def _summary(cfg: Config, rows: list[dict[str, Any]]) -> dict[str, float]:
+def _summary(rows: list[dict[str, Any]]) -> dict[str, float]:
     metrics = {}
     for row in rows:
         how = "grown" if row["regenerated"] else "pruned"

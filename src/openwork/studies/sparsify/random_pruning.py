@@ -244,7 +244,7 @@ STUDY = Study(
     config=Config,
     presets={
         "smoke": {"epochs": 2, "batch_size": 64, "widths": (32, 128), "density": (0.1,), "seeds": 1, "probe": 512},
-        "laptop": {"data": "fashion-mnist", "train": 10000, "epochs": 5, "outside": "mnist", "seeds": 4},
+        "laptop": {"data": "fashion-mnist", "train": 10000, "epochs": 5, "outside": "mnist", "seeds": 5},
         "paper": {"data": "cifar10", "network": "resnet20", "widths": (8, 16, 24), "epochs": 160, "schedule": "step",
                   "warmup": 0.0, "augment": "flip-shift"},
     },
