@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,16 @@ from openwork.train.evaluate import evaluate
 
 STUDY = study.STUDY
 SEEDS = 4
-SMALL = {"network": "mlp-256-256", "nodes": (0.5,), "train": None, "epochs": 12, "batch_size": 64, "draws": 4, "scoring": 100,
-         "ranked": (2,), "repeats": 3, "margin": 0.02, "loss_margin": 0.05, "every": 30, "seeds": SEEDS}  # fmt: skip
+SMALL = {"network": "mlp-256-256", "nodes": (0.5,), "train": None, "epochs": 12, "batch_size": 64, "draws": 4,
+         "scoring": 100, "ranked": (2,), "repeats": 3, "margin": 0.02, "loss_margin": 0.05, "every": 30, "seeds": SEEDS}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def _judge(tmp_path: Path, values: Mapping[str, object], arms: tuple[str, ...]) -> dict[str, str]:
@@ -39,7 +48,6 @@ def _judge(tmp_path: Path, values: Mapping[str, object], arms: tuple[str, ...]) 
 
 
 def test_contract(tmp_path: Path) -> None:
-    torch.set_num_threads(1)
     assert find("random-search") is STUDY
     check_study(STUDY, tmp_path, seeds=(0,))
 
@@ -65,16 +73,10 @@ def test_a_handicapped_found_arm_is_noticed(tmp_path: Path, monkeypatch: pytest.
     assert verdicts["area"] == "fails"
 
 
-def test_a_search_for_the_worst_draw_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = study.search
-    monkeypatch.setattr(study, "search", lambda space, score, **options: real(space, lambda masks: -score(masks), **options))
-    cfg = STUDY.preset("smoke", **SMALL)
-    source = _common.load_source(cfg)
-    for seed in range(SEEDS):
-        parent = _common.build_model(source, cfg.network, seed)
-        setting = study._Setting(cfg, source, parent, NodeSpace(parent, node_density=0.5), seed)
-        losses = [setting.scorer()(setting.drawn(index)) for index in range(cfg.draws)]
-        assert losses.index(max(losses)) == setting.searched().best_index
+def test_a_search_that_keeps_the_worst_draw_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "search", partial(search, keep="max"))
+    verdicts = _judge(tmp_path, {**SMALL, "epochs": 1}, ("found@0.5", "random@0.5"))
+    assert verdicts["initial_loss"] == "fails"
 
 
 def test_the_small_networks_score_as_the_masked_ones_and_pair_with_the_method() -> None:

@@ -19,7 +19,7 @@ from openwork.lab.store import Store, free_megabytes
 from openwork.lab.study import Study
 
 NEEDED_MEGABYTES = 64.0
-_MEANS = ("kept", "density", "inference_flops", "training_flops", "bytes", "steps")
+_MEANS = ("kept", "inference_flops", "training_flops", "bytes", "steps")
 
 
 @dataclass
@@ -149,7 +149,7 @@ def _row(arm: Arm, trials: Sequence[Mapping[str, Any]], seeds: int, study: Study
     main = next(iter(study.columns))
     values = {seed: metrics[main] for seed, metrics in own.items() if main in metrics}
     against = {seed: metrics[main] for seed, metrics in dense.items() if main in metrics}
-    row: dict[str, Any] = {"arm": arm.name, "method": arm.method, "density": arm.density, "n": len(values), "seeds": seeds}
+    row: dict[str, Any] = {"arm": arm.name, "method": arm.method, "density": arm.density, "n": len(own), "seeds": seeds}
     row["accuracy"] = _interval(mean_interval(list(values.values()))) if values else None
     paired = paired_interval(values, against) if values and against and arm.name != "dense" else None
     row["difference"] = _interval(paired) if paired is not None and paired.n else None

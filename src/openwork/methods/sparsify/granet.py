@@ -29,6 +29,7 @@ from openwork.core.schedules import Every, cosine, cubic
 from openwork.errors import MethodError
 from openwork.methods.sparsify._common import period, unit, updates
 from openwork.sparsifier.procedure import Leg, Train
+from openwork.sparsifier.prune_grow import keep
 from openwork.sparsifier.sparsifier import Fixed, Grads, Params, Sparsifier
 
 CARD = Card(
@@ -125,23 +126,22 @@ def pruning_plasticity(
     rates: Sequence[float] = (0.5, 0.9, 0.98),
     steps: int,
     regenerate: Callable[[nn.Module], Mapping[str, Tensor]] | None = None,
-    exchange: float = 0.5,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Measure how well trained networks recover from pruning (Liu et al. 2021, section 3.1).
 
-    Every checkpoint is pruned by global magnitude and trained on for `steps` with the mask fixed. With `regenerate` a
-    second arm of the same density then exchanges a share of every layer's weights: smallest magnitude for largest
-    gradient.
+    From each checkpoint the share `rate` of its weights that are not zero goes, by magnitude over all layers, and
+    training continues for `steps` with the mask fixed. With `regenerate` a second arm prunes alike and then grows as many
+    connections as were pruned, in the same layer, by the gradient at the pruned weights; they start at zero. So it ends
+    with as many connections as the checkpoint had.
 
     Args:
-        checkpoints: name (an epoch, say) -> dense model; they are not changed.
+        checkpoints: name (an epoch, say) -> dense or sparse model; they are not changed.
         train: trains a model in place for a leg, with a sparsifier that holds the masks.
         accuracy: accuracy of a model.
-        rates: pruning rates p; the density is 1 - p.
+        rates: shares that are pruned.
         steps: optimizer steps after pruning.
         regenerate: dense gradients by parameter name for a model; None leaves out the second arm.
-        exchange: share of the kept weights that the second arm exchanges; GraNet's first death rate by default.
         options: options of every Sparsifier.
 
     Returns:
@@ -153,8 +153,9 @@ def pruning_plasticity(
         for rate in rates:
             for grown in (False, True) if regenerate else (False,):
                 pruned = deepcopy(model)
-                grads = regenerate(pruned) if grown and regenerate else None
-                masks = _OneShot(1.0 - rate, grads=grads, share=exchange, **options).attach(pruned).finalize()
+                masks = _OneShot(1.0 - rate, **options).attach(pruned).finalize()
+                if grown and regenerate:
+                    masks = _grow_back(model, masks, regenerate(pruned))
                 leg = Leg(name=f"{name}-{rate}-{'grown' if grown else 'pruned'}", steps=steps)
                 after = accuracy(train(pruned, Fixed(masks), leg))
                 rows.append(
@@ -165,15 +166,18 @@ def pruning_plasticity(
 
 
 class _OneShot(Sparsifier):
-    """Prunes once by global magnitude; with gradients, exchanges a share of what is left."""
-
-    def __init__(self, density: float, *, grads: Grads | None, share: float, **options: Any) -> None:
-        super().__init__(density, **options)
-        self._grads, self._share = grads, share
+    """Keeps a share of the weights that are not zero, by magnitude over all layers."""
 
     def initial(self, params: Params) -> Masks:
-        masks = self.shrink(params, Masks.ones(params), self.density)
-        if self._grads is None:
-            return masks
-        grads = {name: self._grads[name] for name in params if name in self._grads}
-        return self.exchange(params, grads, masks, self._share, round_up=True)
+        alive = Masks.of(params)
+        return self.shrink(params, alive, self.density * alive.density())
+
+
+def _grow_back(model: nn.Module, masks: Masks, grads: Mapping[str, Tensor]) -> Masks:
+    """Grow each layer back to as many weights as `model` has there, where |gradient| is largest."""
+    params = dict(model.named_parameters())
+    grown = {}
+    for name, mask in masks.items():
+        missing = int((params[name] != 0).sum()) - int(mask.sum())
+        grown[name] = mask | keep(~mask, grads[name].abs(), missing)
+    return Masks(grown)
