@@ -34,11 +34,11 @@ def printed(table: object, width: int = 120) -> str:
 
 def test_columns_are_those_that_are_filled(results: dict[str, Any]) -> None:
     titles = [column.title for column in columns(results)]
-    assert titles == ["method", "density", "accuracy", "vs dense", "train", "infer", "size", "speed", "seeds"]
+    assert titles == ["method", "density", "accuracy", "vs dense", "kept", "train", "infer", "size", "speed", "seeds"]
     for row in results["rows"]:
         row.update(latency=None, difference=None, steps=2.0)
     titles = [column.title for column in columns(results)]
-    assert titles == ["method", "density", "accuracy", "train", "steps", "infer", "size", "seeds"]
+    assert titles == ["method", "density", "accuracy", "kept", "train", "steps", "infer", "size", "seeds"]
 
 
 def test_cells_by_hand(results: dict[str, Any]) -> None:

@@ -129,6 +129,8 @@ def loss(results: Results, width: float = 640.0, name: str = "loss") -> str:
         axes.set_xlabel("optimizer step")
         if log:
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(lambda value, _place: f"{value:g}")
+            axes.yaxis.set_minor_formatter(lambda _value, _place: "")
         room = (max(every) / min(every)) ** 0.05 if log else 0.05 * (max(every) - min(every) or 1.0)
         low, high = (min(every) / room, max(every) * room) if log else (min(every) - room, max(every) + room)
         axes.set_ylim(low, high)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _RATIOS = {
+    "kept": ("kept", "parameters kept, biases and norms included, dense = 1"),
     "training_flops": ("train", "training FLOPs, dense = 1"),
     "steps": ("steps", "optimizer steps, dense = 1"),
     "inference_flops": ("infer", "inference FLOPs, dense = 1"),
