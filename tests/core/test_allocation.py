@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -63,8 +64,13 @@ def resnet(depth: int, width: int) -> dict[str, torch.Size]:
 
 @pytest.mark.parametrize(
     ("depth", "width", "total", "first", "linear"),
-    [(20, 16, 270_896, 0.4748, 0.9486), (20, 8, 67_992, 0.3003, 0.5008), (20, 32, 1_081_440, None, 1.0), (32, 16, 464_432, None, None)],
-)  # fmt: skip
+    [
+        (20, 16, 270_896, 0.4748, 0.9486),
+        (20, 8, 67_992, 0.3003, 0.5008),
+        (20, 32, 1_081_440, None, 1.0),
+        (32, 16, 464_432, None, None),
+    ],
+)
 def test_erk_of_residual_networks(depth, width, total, first, linear):
     shapes = resnet(depth, width)
     assert sum(map(math.prod, shapes.values())) == total
@@ -151,7 +157,7 @@ def test_density_grows_with_raw():
         found = erk(DEEP, density)
         order = sorted(DEEP, key=lambda name: sum(DEEP[name]) / math.prod(DEEP[name]))
         shares = [found[name] for name in order]
-        assert all(a <= b + 1 / 432 for a, b in zip(shares, shares[1:], strict=False))
+        assert all(a <= b + 1 / 432 for a, b in pairwise(shares))
 
 
 def test_largest_remainder_then_order():

@@ -123,8 +123,8 @@ def test_masks_kept_in_part_are_refused(case, seed):
 
 
 UNDIVIDED = [
-    (NM(2, 4), (8, 6)), (NM(2, 4), (8,)), (Block(4), (6, 6)), (Block(1, 4), (4, 6)), (Block(1), (4,)), (KernelGroup(4), (6, 4, 3, 3)),
-    (Channel(1), (4,)), (Block(2), (0, 4)),
+    (NM(2, 4), (8, 6)), (NM(2, 4), (8,)), (Block(4), (6, 6)), (Block(1, 4), (4, 6)), (Block(1), (4,)),
+    (KernelGroup(4), (6, 4, 3, 3)), (Channel(1), (4,)), (Block(2), (0, 4)),
 ]  # fmt: skip
 
 

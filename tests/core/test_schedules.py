@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -50,7 +51,7 @@ def test_schedules_start_and_end_where_they_say(start, end, steps):
         assert schedule(2 * steps) == schedule(steps)
         assert schedule(-5) == schedule(0)
         values = [schedule(t) for t in range(steps + 1)]
-        slopes = [(b - a) * (end - start) for a, b in zip(values, values[1:], strict=False)]
+        slopes = [(b - a) * (end - start) for a, b in pairwise(values)]
         assert min(slopes) >= -1e-12
 
 

@@ -21,7 +21,8 @@ from openwork.train.evaluate import evaluate
 STUDY = study.STUDY
 SEEDS = 4
 SMALL = {"network": "mlp-256-256", "nodes": (0.5,), "train": None, "epochs": 12, "batch_size": 64, "draws": 4,
-         "scoring": 100, "ranked": (2,), "repeats": 3, "margin": 0.02, "loss_margin": 0.05, "every": 30, "seeds": SEEDS}  # fmt: skip
+         "scoring": 100, "ranked": (2,), "repeats": 3, "margin": 0.02, "loss_margin": 0.05, "every": 30,
+         "seeds": SEEDS}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

@@ -33,7 +33,7 @@ class Recipe(Config):
     )
     density: tuple[float, ...] = Field((0.1, 0.05), description="shares of weights to keep, for example 0.1,0.05")
     seeds: int = Field(3, ge=1, le=1000, description="seeds an arm; intervals need at least 3")
-    steps: int = Field(600, ge=1, description="optimizer steps of every arm")
+    steps: int = Field(400, ge=1, description="optimizer steps of every arm")
     epochs: float | None = Field(None, gt=0, description="training length in epochs, instead of steps")
     batch_size: int = Field(64, ge=1, description="examples a step")
     lr: float = Field(0.1, gt=0, description="base learning rate")

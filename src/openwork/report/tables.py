@@ -76,10 +76,13 @@ def results_table(results: Results) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    shown = columns(results)
+    table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
+    found = rows(results)
+    whole = all(ended == asked for ended, asked in (seeds_of(results, row) for row in found))
+    # seeds are worth a column of a narrow terminal only where some did not end well
+    shown = [column for column in columns(results) if not (whole and column.title == "seeds")]
     for column in shown:
-        table.add_column(column.title, justify="right" if column.number else "left", overflow="fold")
+        table.add_column(column.title, justify="right" if column.number else "left", overflow="fold", no_wrap=not column.number)
     density: object = None
     for row in rows(results):
         if density is not None and row.get("density") != density:

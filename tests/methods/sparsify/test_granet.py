@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from openwork.core.masks import Masks
+from openwork.core.patterns import Unstructured
 from openwork.core.rng import generator
 from openwork.core.select import count_of
 from openwork.errors import MethodError
@@ -93,7 +95,9 @@ def test_without_shrinking_it_is_rigl_to_the_end():
 
 
 def test_random_growth_is_the_control():
-    gradient, one, two = (Loop(GraNet(0.2, total_steps=20, every=2, grow=g)).run(20) for g in ("gradient", "random", "random"))
+    settings = {"total_steps": 20, "every": 2}
+    gradient = Loop(GraNet(0.2, **settings)).run(20)
+    one, two = (Loop(GraNet(0.2, grow="random", **settings)).run(20) for _ in range(2))
     same_masks(one.sparsifier, two.sparsifier, "random growth twice")
     assert [s for s in range(20) if gradient.sparsifier.needs_dense_gradient(s)] == list(range(2, 20, 2))
     assert not any(map(one.sparsifier.needs_dense_gradient, range(20)))
@@ -142,7 +146,7 @@ def test_plasticity_is_accuracy_after_minus_before_at_equal_density():
     for rate, masks in zip([0.5, 0.5, 0.9, 0.9] * 2, kept, strict=True):
         assert sum(int(mask.sum()) for mask in masks.values()) == count_of(1 - rate, TOTAL)
     flat = {name: p.detach().abs() for name, p in checkpoints["early"].named_parameters() if name in kept[0]}
-    pruned = shrink({n: torch.ones_like(p, dtype=torch.bool) for n, p in flat.items()}, flat, 0.5, GraNet(0.5, total_steps=9).pattern)
+    pruned = shrink(Masks.ones(flat), flat, 0.5, Unstructured())
     assert all(torch.equal(kept[0][name], pruned[name]) for name in pruned)
     assert any(not torch.equal(kept[1][name], pruned[name]) for name in pruned)
     assert [int(kept[1][n].sum()) for n in pruned] == [int(pruned[n].sum()) for n in pruned]

@@ -75,7 +75,8 @@ def test_returned_weights_keep_value_and_momentum_and_new_ones_are_zero():
         assert torch.equal(buffer[both], momentum[name][both])
         assert not param[born | gone].any()
         assert not buffer[born | gone].any()
-        survivors = best(before[name].abs(), int(mask.sum()) - math.floor(0.9 * _cosine(5, 30) * int(mask.sum())), among=mask)
+        kept = int(mask.sum())
+        survivors = best(before[name].abs(), kept - math.floor(0.9 * _cosine(5, 30) * kept), among=mask)
         returned += int((both & ~survivors).sum())
         new += int(born.sum())
     assert returned > 0  # dropped and grown again in one update

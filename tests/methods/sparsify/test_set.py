@@ -86,6 +86,18 @@ def test_the_smallest_share_leaves_whatever_the_gradients():
         assert not torch.equal(after, mask)
 
 
+def test_by_sign_drops_those_nearest_zero_on_both_sides_and_grows_as_many():
+    run = Loop(SET(0.5, total_steps=40, every=5, zeta=0.4, removal="by_sign")).run(5)
+    weights, masks = {n: p.detach().clone() for n, p in run.model.named_parameters()}, dict(run.sparsifier.masks)
+    run.step()
+    for name, mask in masks.items():
+        after, survivors = run.sparsifier.masks[name], by_sign(weights[name], 0.4)
+        assert not bool((survivors & ~mask).any())
+        assert bool(after[survivors].all())
+        assert int(after.sum()) == int(mask.sum()) > int(survivors.sum())
+        assert not torch.equal(after, mask)
+
+
 def test_epsilon_gives_erdos_renyi_numbers():
     sparsifier = SET(total_steps=10, epsilon=2).attach(network())
     kept = {name: int(mask.sum()) for name, mask in sparsifier.masks.items()}
