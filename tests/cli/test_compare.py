@@ -24,7 +24,8 @@ def openwork(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[
     paths = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
     return subprocess.run(
         [sys.executable, "-m", "openwork", *words],
-        cwd=cwd, env={**os.environ, "PYTHONPATH": paths, "COLUMNS": "200", **env}, capture_output=True, text=True, check=False,
+        cwd=cwd, env={**os.environ, "PYTHONPATH": paths, "COLUMNS": "200", **env}, capture_output=True, text=True,
+        check=False,
     )  # fmt: skip
 
 
@@ -113,7 +114,8 @@ def test_an_unwritable_folder_is_one_sentence(tmp_path):
 
 @pytest.mark.parametrize("words", [["--help"], ["list"], ["show", "soups"], ["compare", "--help"], ["data", "list"]])
 def test_commands_that_need_no_torch_do_not_import_it(words, tmp_path):
-    code = f"import sys; sys.argv = ['openwork', *{words!r}]\nfrom openwork.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+    code = f"import sys; sys.argv = ['openwork', *{words!r}]\nfrom openwork.cli import main\n"
+    code += "try: main()\nexcept SystemExit: pass\n"
     code += "assert 'torch' not in sys.modules, 'torch was imported'"
     paths = os.pathsep.join([str(ROOT / "src")])
     done = subprocess.run(

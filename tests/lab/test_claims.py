@@ -145,8 +145,7 @@ def test_a_family_of_null_claims_rarely_holds() -> None:
     for _ in range(1000):
         draws = rng.normal(0.0, 1.0, (6, 5)).tolist()
         arms = {
-            name: dict(enumerate(draw))
-            for name, draw in zip([*(f"arm{i}" for i in range(5)), "base"], draws, strict=True)
+            name: dict(enumerate(draw)) for name, draw in zip([*(f"arm{i}" for i in range(5)), "base"], draws, strict=True)
         }
         alarms += any(verdict.verdict == "holds" for verdict in judge(claims, {"m": arms}))
     assert alarms <= 70

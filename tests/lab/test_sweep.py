@@ -33,7 +33,7 @@ def test_each_trial_ends_in_its_own_way_and_costs_no_other(tmp_path):
     for words in ("ValueError: a plain bug", "loss is nan at step 3", "SIGKILL", "status 3"):
         assert words in said
 
-    again, ended = ran(tmp_path, ways=ways, seeds=1)
+    _, ended = ran(tmp_path, ways=ways, seeds=1)
     assert sorted(ended) == [("exits", 0), ("fails", 0), ("killed", 0)]  # those that ended for good are kept
 
 

@@ -87,9 +87,7 @@ def test_residual_additions_join_the_layers_of_a_stage() -> None:
 
 def test_depthwise_convolutions_pass_channels_on_and_grouped_ones_do_not() -> None:
     def net(groups: int) -> nn.Sequential:
-        return nn.Sequential(
-            nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=groups), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1)
-        )
+        return nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=groups), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1))
 
     assert [flat(g) for g in channel_groups(net(8))] == [("0", 8, ["0"], ["1", "2"], [("3", 1)])]
     assert channel_groups(net(2)) == []

@@ -151,13 +151,18 @@ def test_skipping_the_step_leaves_all_weights_alone():
     assert not torch.equal(run.model[0].bias, before["0.bias"])
 
 
-def test_a_gradient_that_was_skipped_is_forgotten():
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_gradient_that_was_skipped_is_forgotten(in_place):
     model = one_layer([[1.0, 2.0, 3.0, 4.0]])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     sparsifier = Swap(BEFORE, AFTER).attach(model, optimizer)
     model.weight.grad = torch.tensor([[1.0, 1.0, math.inf, 1.0]])
     sparsifier.mask_gradients()  # the scaler finds the overflow and does not step
-    model.weight.grad = torch.tensor([[1.0, 1.0, 2.0, 3.0]])
+    fresh = torch.tensor([[1.0, 1.0, 2.0, 3.0]])
+    if in_place:  # as after zero_grad(set_to_none=False)
+        model.weight.grad.copy_(fresh)
+    else:
+        model.weight.grad = fresh
     sparsifier.mask_gradients()
     sparsifier.mask_gradients()
     optimizer.step()

@@ -62,9 +62,7 @@ def test_redrawn_positions_are_as_good_where_most_weights_stay(tmp_path: Path) -
     assert verdicts(STUDY, POSITIONS, ["snip-mask@0.9", "snip-redrawn@0.9"], tmp_path, seeds=6)[REDRAWN] == "holds"
 
 
-def test_a_redraw_of_the_wrong_layers_loses_the_claim_on_positions(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_redraw_of_the_wrong_layers_loses_the_claim_on_positions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def crowded(masks: Masks, seed: int) -> Masks:
         return Masks({name: mask & (torch.arange(mask.shape[0]) < 3)[:, None] for name, mask in masks.items()})
 

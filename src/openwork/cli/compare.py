@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -46,7 +46,9 @@ def command() -> Callable[..., None]:
             "recipe_file",
             inspect.Parameter.POSITIONAL_OR_KEYWORD,
             default=None,
-            annotation=Annotated[str | None, typer.Argument(help="A YAML recipe; flags given beside it win.", metavar="RECIPE")],
+            annotation=Annotated[
+                str | None, typer.Argument(help="A YAML recipe; flags given beside it win.", metavar="RECIPE")
+            ],
         ),
         *(_flag(name, info) for name, info in Recipe.model_fields.items()),
         inspect.Parameter(
@@ -91,7 +93,9 @@ def _flag(name: str, info: Any) -> inspect.Parameter:
     switch = f"--{name.replace('_', '-')}"
     if isinstance(default, bool):
         option = typer.Option(f"{switch}/--no-{name.replace('_', '-')}", help=info.description + note, show_default=False)
-        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[bool | None, option])
+        return inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[bool | None, option]
+        )
     option = typer.Option(switch, help=info.description + note, show_default=False, metavar=name.upper())
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, option])
 

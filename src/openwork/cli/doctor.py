@@ -43,7 +43,10 @@ def _machine() -> Iterator[tuple[bool, str]]:
 
     from openwork.lab import environment
 
-    yield True, f"{environment.processor()}, {torch.get_num_threads()} threads, CUDA {'yes' if torch.cuda.is_available() else 'no'}"
+    yield (
+        True,
+        f"{environment.processor()}, {torch.get_num_threads()} threads, CUDA {'yes' if torch.cuda.is_available() else 'no'}",
+    )
 
 
 def _methods() -> Iterator[tuple[bool, str]]:

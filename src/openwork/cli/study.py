@@ -15,14 +15,18 @@ from openwork.lab.spec import read_recipe
 
 def study(
     name: Annotated[str | None, typer.Argument(help="The study, by its method's name.")] = None,
-    preset: Annotated[str, typer.Option(help="smoke (seconds), laptop (minutes) or paper (the paper's own scale).")] = "laptop",
+    preset: Annotated[
+        str, typer.Option(help="smoke (seconds), laptop (minutes) or paper (the paper's own scale).")
+    ] = "laptop",
     every: Annotated[bool, typer.Option("--all", help="Run all studies.")] = False,
     listing: Annotated[bool, typer.Option("--list", help="List the studies.")] = False,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Change a setting of the preset: --set seeds=5", metavar="KEY=VALUE")
     ] = None,
     out: Annotated[str | None, typer.Option(help="Run folder; runs/study-NAME-PRESET if not given.")] = None,
-    docs: Annotated[str | None, typer.Option(help="Write the result's page into this folder, for example docs/results.")] = None,
+    docs: Annotated[
+        str | None, typer.Option(help="Write the result's page into this folder, for example docs/results.")
+    ] = None,
     workers: Annotated[int, typer.Option(help="Trials at a time; 0 is one a core.")] = 0,
     threads: Annotated[int, typer.Option(help="Threads a trial.")] = 1,
     timeout: Annotated[float | None, typer.Option(help="Seconds that a trial may take.")] = None,
@@ -74,7 +78,9 @@ def _run(
     with made.store.lock():
         _progress.announce(console, made)
         _progress.run(console, made, workers=workers, timeout=timeout, quiet=quiet)
-        _finish.study(made, console, preset=preset, threads=threads, workers=workers, docs=None if docs is None else Path(docs))
+        _finish.study(
+            made, console, preset=preset, threads=threads, workers=workers, docs=None if docs is None else Path(docs)
+        )
     trouble = sweep.complaints(made)
     if trouble is not None:
         raise trouble

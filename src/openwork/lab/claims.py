@@ -59,9 +59,7 @@ class Claim:
 
     def __post_init__(self) -> None:
         if self.kind not in ("greater", "equivalent", "different"):
-            raise RecipeError(
-                f"claim {self.text!r}: kind {self.kind!r} is none of 'greater', 'equivalent', 'different'"
-            )
+            raise RecipeError(f"claim {self.text!r}: kind {self.kind!r} is none of 'greater', 'equivalent', 'different'")
         if not any(self.contrast.values()) or not all(map(math.isfinite, self.contrast.values())):
             raise RecipeError(f"contrast {dict(self.contrast)} of claim {self.text!r} needs finite weights, not all 0")
         least = {"greater": -math.inf, "equivalent": math.ulp(0.0), "different": 0.0}[self.kind]

@@ -11,6 +11,7 @@ from torch import nn
 
 from openwork import data, models, registry, saving
 from openwork.core import patterns
+from openwork.data.source import Source
 from openwork.errors import MethodError, OpenworkError
 from openwork.lab.claims import Claim
 from openwork.lab.recipe import DENSE, Recipe, read_method
@@ -39,10 +40,11 @@ def arms(recipe: Recipe) -> list[Arm]:
             needs = steps_of(make(recipe, settings), steps)
             note = f"takes {needs / steps:.2f} times the steps" if needs > steps * 1.0001 else ""
             found.append(Arm(f"{text.strip()}@{density:g}", settings, name, density, note))
-            if note and recipe.iso:
-                fitted = {**settings, "steps": _fitting(recipe, settings, steps)}
+            fitted = _fitting(recipe, settings, steps) if note and recipe.iso else None
+            if fitted is not None:
                 note = "the same within the common budget"
-                found.append(Arm(f"{text.strip()} iso@{density:g}", fitted, f"{name} iso", density, note))
+                within = {**settings, "steps": fitted}
+                found.append(Arm(f"{text.strip()} iso@{density:g}", within, f"{name} iso", density, note))
     return found
 
 
@@ -132,25 +134,27 @@ def make(recipe: Recipe, settings: Any, model: nn.Module | None = None) -> Spars
     try:
         made = entry(**{**{k: v for k, v in given.items() if k in accepted}, **options})
     except TypeError as error:
-        raise MethodError(f"{name} refuses its options {options!r}: {error}; it takes {', '.join(sorted(accepted))}") from error
+        raise MethodError(
+            f"{name} refuses its options {options!r}: {error}; it takes {', '.join(sorted(accepted))}"
+        ) from error
     if not isinstance(made, Sparsifier | Procedure):
         raise MethodError(f"{name} is neither a Sparsifier nor a Procedure, so it cannot be compared by training")
     return made
 
 
-def load_source(recipe: Recipe) -> Any:
+def load_source(recipe: Recipe) -> Source:
     """Return the data of a recipe."""
     return data.load(recipe.data, train=recipe.train, augment=recipe.augment)
 
 
-def build_model(recipe: Recipe, source: Any, seed: int) -> nn.Module:
+def build_model(recipe: Recipe, source: Source, seed: int) -> nn.Module:
     """Return the model of a recipe with the weights of a seed."""
     return models.build(
         recipe.model, input_shape=source.input_shape, classes=source.classes, seed=seed, options=recipe.options
     )
 
 
-def total_steps(recipe: Recipe, source: Any) -> int:
+def total_steps(recipe: Recipe, source: Source) -> int:
     """Return the optimizer steps that every arm may take."""
     if recipe.epochs is None:
         return recipe.steps
@@ -185,16 +189,23 @@ def _densities(recipe: Recipe) -> tuple[float, ...]:
     return (pattern.n / pattern.m,) if isinstance(pattern, patterns.NM) else recipe.density
 
 
-def _fitting(recipe: Recipe, settings: dict[str, Any], budget: int) -> int:
-    """Return the largest `steps` with which the method stays within the budget; its need grows with them."""
-    low, high = 1, budget
+def _fitting(recipe: Recipe, settings: dict[str, Any], budget: int) -> int | None:
+    """Return the largest `steps` with which the method stays within the budget, None if it cannot.
+
+    What a method needs grows with them; with too few it refuses.
+    """
+
+    def need(steps: int) -> float:
+        try:
+            return steps_of(make(recipe, {**settings, "steps": steps}), steps)
+        except MethodError:
+            return 0.0
+
+    low, high = 0, budget
     while low < high:
         middle = (low + high + 1) // 2
-        if steps_of(make(recipe, {**settings, "steps": middle}), middle) <= budget:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+        low, high = (middle, high) if need(middle) <= budget else (low, middle - 1)
+    return low if low and need(low) > 0 else None
 
 
 def _indivisible(recipe: Recipe, model: nn.Module | None) -> list[str]:

@@ -15,7 +15,8 @@ from typing import Any
 import openwork
 
 # The code that can change what a trial measures; the command line, reports and statistics cannot.
-_ROOMS = ("core", "sparsifier", "nn", "methods", "data", "models", "train", "lab/training.py", "lab/compare.py")
+_ROOMS = ("core", "sparsifier", "nn", "methods", "data", "models", "train", "lab/training.py", "lab/compare.py",
+          "studies/_common.py")  # fmt: skip
 
 
 def identity(threads: int, study: Any) -> dict[str, Any]:

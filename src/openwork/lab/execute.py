@@ -1,4 +1,4 @@
-"""The executor: trials as child processes, launched through joblib's interface, so that another back-end is one word away."""
+"""The executor: trials as child processes, launched through joblib's interface: another back-end is one word away."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ from openwork.lab.store import Store, read_result, write_result
 Done = Callable[[Trial, dict[str, Any]], None]
 
 
-def execute(
-    trials: Iterable[Trial], store: Store, *, workers: int, timeout: float | None, done: Done
-) -> None:
+def execute(trials: Iterable[Trial], store: Store, *, workers: int, timeout: float | None, done: Done) -> None:
     """Run trials, `workers` at a time, each in a child process; call `done` as each one ends.
 
     A trial that fails, diverges, hangs or is killed costs that trial only: its result says so.

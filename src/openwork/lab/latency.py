@@ -45,7 +45,7 @@ def _measure(chosen: Mapping[str, Path], recipe: Recipe) -> dict[str, dict[str, 
     import torch
 
     from openwork import saving
-    from openwork.runtime.plan import accelerate
+    from openwork.runtime.plan import accelerate, plan_of
     from openwork.runtime.timing import measure as time_models
 
     torch.set_num_threads(recipe.threads)
@@ -60,7 +60,7 @@ def _measure(chosen: Mapping[str, Path], recipe: Recipe) -> dict[str, dict[str, 
             times = time_models({"dense": dense, "fast": fast}, example)
         except OpenworkError:
             continue  # a model that cannot be timed has no ratio; its accuracy stands
-        paid = getattr(fast, "openwork_plan", fast.plan).accelerated
+        paid = plan_of(fast).accelerated
         ratio = times["dense"] / times["fast"] if paid else 1.0  # what stayed dense runs the dense network's own code
         found[arm] = {"ratio": ratio, "ms": 1e3 * times["fast"], "dense_ms": 1e3 * times["dense"]}
     return found

@@ -83,9 +83,7 @@ def contrast(values: Mapping[Arm, Mapping[Seed, float]], weights: Mapping[Arm, f
         raise RecipeError("a contrast without arms compares nothing: write weights such as {'rigl': 1, 'set': -1}")
     for arm in weights:
         if arm not in values:
-            raise RecipeError(
-                f"the contrast names arm {arm!r}, which was not run; known: {', '.join(map(str, values))}"
-            )
+            raise RecipeError(f"the contrast names arm {arm!r}, which was not run; known: {', '.join(map(str, values))}")
     first, *others = [values[arm] for arm in weights]
     seeds = [seed for seed in first if all(seed in other for other in others)]
     return {seed: _settled([weight * values[arm][seed] for arm, weight in weights.items()]) for seed in seeds}

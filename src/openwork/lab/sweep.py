@@ -69,7 +69,9 @@ def plan(study: Study, config: Config, folder: Path, *, threads: int = 1) -> Pla
     return made
 
 
-def run(made: Plan, *, workers: int = 0, timeout: float | None = None, done: Callable[[Trial, dict[str, Any]], None]) -> None:
+def run(
+    made: Plan, *, workers: int = 0, timeout: float | None = None, done: Callable[[Trial, dict[str, Any]], None]
+) -> None:
     """Run what is missing; `done` is called with every trial as it ends.
 
     Args:

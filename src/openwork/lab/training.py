@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from openwork.core.cost import Cost, count
 from openwork.core.masks import Masks
+from openwork.core.rng import derive, generator
+from openwork.data.source import Source
 from openwork.sparsifier import Leg, Probe, Procedure, Sparsifier
 from openwork.sparsifier.parameters import maskable
 from openwork.train.evaluate import evaluate
@@ -19,6 +22,8 @@ from openwork.train.loop import fit
 from openwork.train.settings import Settings
 
 SCORING_BATCHES = 16
+RECALIBRATION_BATCHES = 64
+VALIDATION_EXAMPLES = 2048
 
 
 class Trainer:
@@ -40,7 +45,7 @@ class Trainer:
     """
 
     def __init__(
-        self, source: Any, settings: Settings, seed: int, *, scratch: Path, total_steps: float, progress: Any = None
+        self, source: Source, settings: Settings, seed: int, *, scratch: Path, total_steps: float, progress: Any = None
     ) -> None:
         self.source, self.settings, self.seed = source, settings, seed
         self.scratch, self.total, self.progress = scratch, max(1.0, total_steps), progress
@@ -49,6 +54,7 @@ class Trainer:
         first, _ = next(iter(source.train_batches(seed, 0, settings.batch_size)))
         self.batch = len(first)  # a user's own loader keeps its own batch size
         self._cost: Cost | None = None
+        self._held_out: list[tuple[Tensor, Tensor]] = []
 
     def cost(self, model: nn.Module) -> Cost:
         """Return the cost of one example; every model of a trial has the same shapes."""
@@ -100,11 +106,15 @@ class Trainer:
         return model
 
     def probe(self) -> Probe:
-        """Return what a procedure may ask about the data; the forward passes are counted."""
+        """Return what a procedure may ask about the data; the forward passes are counted.
+
+        Samples keep the asking cheap beside the training: batch norm is recalibrated on 64 training batches, candidates
+        are scored on 16, and accuracy is that of at most 2,048 validation examples, always the same ones.
+        """
         return Probe(
-            batches=lambda: self.source.batches("train", self.settings.batch_size),
-            accuracy=lambda model: self._score(model, self.source.batches("validation"))[0],
-            loss=lambda model: self._score(model, self._scoring())[1],
+            batches=lambda: self._sample(RECALIBRATION_BATCHES),
+            accuracy=lambda model: self._score(model, self._validation())[0],
+            loss=lambda model: self._score(model, self._sample(SCORING_BATCHES))[1],
         )
 
     def run(self, model: nn.Module, method: Sparsifier | Procedure | None, steps: int) -> tuple[nn.Module, Masks]:
@@ -117,10 +127,21 @@ class Trainer:
             masks = method.masks
         return model, masks
 
-    def _scoring(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return islice(self.source.batches("train", self.settings.batch_size), SCORING_BATCHES)
+    def _sample(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Return training batches in an order of their own, the same at every call."""
+        order = derive(self.seed, "probe")
+        return islice(self.source.train_batches(order, 0, self.settings.batch_size), count)
 
-    def _score(self, model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+    def _validation(self) -> list[tuple[Tensor, Tensor]]:
+        """Return a sample of the validation data, drawn once: data may lie sorted by class."""
+        if not self._held_out:
+            parts = list(self.source.batches("validation"))
+            x, y = (torch.cat(part) for part in zip(*parts, strict=True))
+            drawn = torch.randperm(len(x), generator=generator(self.seed, "probe"))[:VALIDATION_EXAMPLES]
+            self._held_out = list(zip(torch.split(x[drawn], 512), torch.split(y[drawn], 512), strict=True))
+        return self._held_out
+
+    def _score(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
         scores = evaluate(model, batches, self.settings.device)
         params = dict(model.named_parameters())
         alive = Masks.of({name: params[name] for name in self.cost(model).parameters if name in params})
@@ -157,4 +178,3 @@ def layer_table(masks: Masks) -> dict[str, dict[str, Any]]:
     return {
         name: {"kept": int(mask.sum()), "total": mask.numel(), "shape": list(mask.shape)} for name, mask in masks.items()
     }
-

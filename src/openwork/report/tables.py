@@ -82,7 +82,9 @@ def results_table(results: Results) -> Table:
     # seeds are worth a column of a narrow terminal only where some did not end well
     shown = [column for column in columns(results) if not (whole and column.title == "seeds")]
     for column in shown:
-        table.add_column(column.title, justify="right" if column.number else "left", overflow="fold", no_wrap=not column.number)
+        table.add_column(
+            column.title, justify="right" if column.number else "left", overflow="fold", no_wrap=not column.number
+        )
     density: object = None
     for row in rows(results):
         if density is not None and row.get("density") != density:

@@ -95,6 +95,19 @@ def accelerate(
     return fast
 
 
+def plan_of(model: nn.Module) -> Plan:
+    """Return the plan of a model that `accelerate` returned.
+
+    Raises:
+        ModelError: if it is another module.
+    """
+    for name in ("openwork_plan", "plan"):
+        plan = getattr(model, name, None)
+        if isinstance(plan, Plan):
+            return plan
+    raise ModelError(f"this {type(model).__name__} has no plan; openwork.accelerate gives one")
+
+
 def _copied(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ModelError(f"a {type(model).__name__} cannot be accelerated: give a torch.nn.Module")

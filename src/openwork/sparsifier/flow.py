@@ -285,9 +285,7 @@ class Walk:
 def _is_untouched(module: nn.Module) -> bool:
     """Tell whether a layer is torch's own, without hooks or parametrisations."""
     is_torch = type(module).__module__.startswith("torch.nn.modules") and not isinstance(module, LazyModuleMixin)
-    return is_torch and not (
-        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    )
+    return is_torch and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _is_leaf(module: nn.Module) -> bool:

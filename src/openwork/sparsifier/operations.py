@@ -226,9 +226,7 @@ def _reduced(x: Flow, dim: Any, keep: bool) -> Flow | None:
         return None
     if keep:
         return x
-    return replace(
-        x, axis=x.axis + sum(one > x.axis for one in away), ndim=None if x.ndim is None else x.ndim - len(away)
-    )
+    return replace(x, axis=x.axis + sum(one > x.axis for one in away), ndim=None if x.ndim is None else x.ndim - len(away))
 
 
 def _binary(args: list[Any], inputs: list[Value]) -> Outcome:

@@ -25,9 +25,7 @@ _COUNTS = {
 }
 
 
-def node_masks(
-    model: nn.Module, kept: Kept, *, example: Any = None, groups: Sequence[Group] | None = None
-) -> Masks:
+def node_masks(model: nn.Module, kept: Kept, *, example: Any = None, groups: Sequence[Group] | None = None) -> Masks:
     """Return the masks that remove every channel that is not kept: its rows, biases, norms' parameters and columns.
 
     Args:
@@ -91,9 +89,7 @@ def compact(model: nn.Module, kept: Kept, *, example: Any = None, groups: Sequen
     return small
 
 
-def _chosen(
-    model: nn.Module, kept: Kept, example: Any, groups: Sequence[Group] | None
-) -> dict[Group, Tensor]:
+def _chosen(model: nn.Module, kept: Kept, example: Any, groups: Sequence[Group] | None) -> dict[Group, Tensor]:
     """Return the sorted kept channels of every group that is named."""
     known = channel_groups(model, example) if groups is None else list(groups)
     by_name = {part.layer: group for group in known for part in group.producers}

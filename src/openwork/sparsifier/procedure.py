@@ -42,7 +42,7 @@ class Probe:
     """What a procedure may ask about the data.
 
     Attributes:
-        batches: gives training examples (x, y) in fixed order, not augmented.
+        batches: gives training batches (x, y), the same ones at every call.
         accuracy: accuracy of a model on validation data, never on test data.
         loss: mean loss of a model on a fixed subset of the training data.
     """

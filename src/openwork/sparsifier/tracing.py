@@ -75,9 +75,7 @@ class _Tracer(fx.Tracer):
         """Tell whether a module is one node."""
         return m in self._opaque or super().is_leaf_module(m, module_qualified_name)
 
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record or trace the call of a submodule."""
         try:
             return super().call_module(m, forward, args, kwargs)

@@ -49,9 +49,7 @@ def build(kind: str, options: dict[str, Any], model: nn.Module) -> Sequence[Opti
     return [made([p for p in params if p.dim() == 2], lr=0.01), optim.SGD([p for p in params if p.dim() != 2], lr=0.01)]
 
 
-def zeros(
-    make_optimizer: MakeOptimizer, make: Make, density: float, total_steps: int
-) -> None:
+def zeros(make_optimizer: MakeOptimizer, make: Make, density: float, total_steps: int) -> None:
     """Check that random steps of an optimizer leave masked weights exactly zero, and reach the density."""
     run = Loop(make(density=density, total_steps=total_steps), network(), make_optimizer)
     for step in range(total_steps):

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 class Batches(Protocol):
     """The part of a data source that training needs."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Return what the data are called."""
+        ...
 
     def steps_per_epoch(self, batch_size: int, /) -> int:
         """Return how many batches an epoch has."""

@@ -13,7 +13,9 @@ from openwork.testing._toys import Loop, batch, network
 
 TOTAL = 352
 CHECKS = [
-    (name, check) for name, check in sparsifier_checks(DPF) if name != "gradient clipping"  # dense gradients are the point
+    (name, check)
+    for name, check in sparsifier_checks(DPF)
+    if name != "gradient clipping"  # dense gradients are the point
 ]
 
 

@@ -1,18 +1,19 @@
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 from torch import nn
 
-from openwork.core.masks import Masks
 from openwork.core.patterns import Unstructured
 from openwork.core.rng import generator
 from openwork.core.select import count_of
 from openwork.errors import MethodError
 from openwork.methods.sparsify.gmp import GMP
 from openwork.methods.sparsify.granet import GraNet, pruning_plasticity
+from openwork.methods.sparsify.magnitude import prune
 from openwork.methods.sparsify.rigl import RigL
 from openwork.sparsifier.prune_grow import shrink
 from openwork.testing import sparsifier_checks
@@ -116,40 +117,66 @@ def test_wrong_settings_are_refused(wrong):
 # ---- pruning plasticity -------------------------------------------------------------------------------------------------
 
 
-def test_plasticity_is_accuracy_after_minus_before_at_equal_density():
-    checkpoints = {"early": network(1), "late": network(2)}
-    states = {name: {k: v.clone() for k, v in model.state_dict().items()} for name, model in checkpoints.items()}
-    legs, kept = [], []
+def first_gradients(model):
+    x, y = batch(0)
+    params = dict(model.named_parameters())
+    grads = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), list(params.values()))
+    return dict(zip(params, grads, strict=True))
 
-    def train(model, sparsifier, leg):
+
+def zeros_of(model):
+    return float(sum((param == 0).sum() for param in model.parameters()))
+
+
+class Training:
+    """Trains nothing; remembers what it was asked."""
+
+    def __init__(self):
+        self.legs, self.masks, self.weights = [], [], []
+
+    def __call__(self, model, sparsifier, leg):
+        self.weights.append({name: param.detach().clone() for name, param in model.named_parameters()})
         sparsifier.attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
-        sparsifier.masks.check(model)
-        legs.append(leg)
-        kept.append(dict(sparsifier.finalize()))
+        self.legs.append(leg)
+        self.masks.append(sparsifier.finalize())
         return model
 
-    def gradients(model):
-        x, y = batch(0)
-        params = dict(model.named_parameters())
-        grads = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), list(params.values()))
-        return dict(zip(params, grads, strict=True))
 
-    def accuracy(model):
-        return float(sum((param == 0).sum() for param in model.parameters()))
-
-    rows = pruning_plasticity(checkpoints, train, accuracy, rates=(0.5, 0.9), steps=7, regenerate=gradients)
+def test_plasticity_is_accuracy_after_minus_before():
+    checkpoints = {"dense": network(1), "sparse": network(2)}
+    prune(checkpoints["sparse"], 0.4)
+    states = {name: copy.deepcopy(model.state_dict()) for name, model in checkpoints.items()}
+    train = Training()
+    rows = pruning_plasticity(checkpoints, train, zeros_of, rates=(0.5, 0.9), steps=7, regenerate=first_gradients)
     assert [(row["checkpoint"], row["rate"], row["regenerated"]) for row in rows] == [
         (name, rate, grown) for name in checkpoints for rate in (0.5, 0.9) for grown in (False, True)
     ]
     assert all(row["plasticity"] == row["after"] - row["before"] for row in rows)
-    assert all(leg.steps == 7 for leg in legs)
-    for rate, masks in zip([0.5, 0.5, 0.9, 0.9] * 2, kept, strict=True):
-        assert sum(int(mask.sum()) for mask in masks.values()) == count_of(1 - rate, TOTAL)
-    flat = {name: p.detach().abs() for name, p in checkpoints["early"].named_parameters() if name in kept[0]}
-    pruned = shrink(Masks.ones(flat), flat, 0.5, Unstructured())
-    assert all(torch.equal(kept[0][name], pruned[name]) for name in pruned)
-    assert any(not torch.equal(kept[1][name], pruned[name]) for name in pruned)
-    assert [int(kept[1][n].sum()) for n in pruned] == [int(pruned[n].sum()) for n in pruned]
+    assert [row["before"] for row in rows] == [0.0] * 4 + [TOTAL - 141.0] * 4
+    assert all(leg.steps == 7 for leg in train.legs)
+    assert len({leg.name for leg in train.legs}) == len(rows)
     for name, model in checkpoints.items():  # the checkpoints are left alone
         assert all(torch.equal(value, states[name][key]) for key, value in model.state_dict().items())
-    assert len(pruning_plasticity(checkpoints, train, accuracy, rates=(0.5,), steps=1)) == 2
+    assert len(pruning_plasticity(checkpoints, Training(), zeros_of, rates=(0.5,), steps=1)) == 2
+
+
+def test_plasticity_prunes_by_magnitude_and_grows_as_many_back_by_gradient():
+    model, train = network(2), Training()
+    alive = prune(model, 0.4)
+    rates = (0.5, 0.9)
+    pruning_plasticity({"epoch": model}, train, zeros_of, rates=rates, steps=7, regenerate=first_gradients)
+    scores = {name: dict(model.named_parameters())[name].detach().abs() for name in alive}
+    for k, rate in enumerate(rates):
+        left, grown = train.masks[2 * k : 2 * k + 2]
+        goal = (1 - rate) * alive.density()
+        assert left.nnz() == count_of(goal, TOTAL)
+        expected = shrink(alive, scores, goal, Unstructured())
+        pruned = copy.deepcopy(model)
+        left.apply(pruned)
+        grads = first_gradients(pruned)
+        for name, mask in left.items():
+            assert torch.equal(mask, expected[name])
+            missing = int(alive[name].sum()) - int(mask.sum())
+            assert torch.equal(grown[name], mask | best(grads[name].abs(), missing, among=~mask))
+            kept = train.weights[2 * k + 1][name]
+            assert torch.equal(kept, torch.where(mask, dict(model.named_parameters())[name].detach(), 0.0))

@@ -242,9 +242,7 @@ class Numbers:
 @pytest.mark.parametrize(("budget", "quantile"), [(1, 0.3), (5, 0.2), (12, 0.1)])
 def test_the_best_of_b_falls_below_a_quantile_as_often_as_it_must(budget: int, quantile: float) -> None:
     trials = 500
-    hits = sum(
-        search(Numbers(), Numbers.score, budget=budget, seed=seed).score <= quantile for seed in range(trials)
-    )
+    hits = sum(search(Numbers(), Numbers.score, budget=budget, seed=seed).score <= quantile for seed in range(trials))
     wanted = 1 - (1 - quantile) ** budget
     assert abs(hits / trials - wanted) < 4 * math.sqrt(wanted * (1 - wanted) / trials)
 

@@ -90,9 +90,7 @@ def draw(space: Space, seed: int, index: int) -> Masks:
     return space.draw(generator(seed, "draw", index))
 
 
-def search(
-    space: Space, score: Callable[[Masks], float], *, budget: int, seed: int = 0, keep: Keep = "min"
-) -> Search:
+def search(space: Space, score: Callable[[Masks], float], *, budget: int, seed: int = 0, keep: Keep = "min") -> Search:
     """Score `budget` random configurations and keep one.
 
     The draws of a smaller budget are the first ones of a larger one under the same seed, so that with more draws the

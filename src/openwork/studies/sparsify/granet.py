@@ -177,9 +177,7 @@ def _train(cfg: Config, source: Source, network: str, arm: Arm, seed: int, work:
     method: Sparsifier | None = None
     if arm.method != DENSE:
         given, steps = arm.settings, _common.total_steps(cfg, source)
-        method = _common.make_sparsifier(
-            given["entry"], given["density"], steps, seed, mixin=Explored, **given["options"]
-        )
+        method = _common.make_sparsifier(given["entry"], given["density"], steps, seed, mixin=Explored, **given["options"])
     found = _common.train(cfg, source, model, method, seed, work)
     ever = method.ever.density() if isinstance(method, Explored) else 1.0
     return Outcome({**found.metrics(), "ever_on": ever}, {"loss": found.trainer.curve}, layer_table(found.masks))
