@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -130,3 +132,20 @@ def test_every_flag_is_a_key_and_every_key_a_flag(tmp_path):
     help_text = openwork("compare", "--help", cwd=tmp_path).stdout
     for name in Recipe.model_fields:
         assert f"--{name.replace('_', '-')}" in help_text
+
+
+def test_ctrl_c_says_how_to_go_on_and_keeps_what_is_finished(tmp_path):
+    words = ["compare", "--model", "mlp-16", "--methods", "dense", "--seeds", "60", "--steps", "30", "--out", "run", "-q"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "openwork", *words], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("run/trials/*/result.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate()
+    assert process.returncode == 130
+    assert "the same command goes on from here" in said
+    assert "Traceback" not in said
+    assert list(tmp_path.glob("run/trials/*/result.json"))

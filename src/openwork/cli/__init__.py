@@ -48,9 +48,6 @@ def main() -> None:
     except OpenworkError as error:
         _say(error)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped; start the same command again to go on from here", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -28,7 +29,16 @@ def announce(console: Console, made: Plan) -> None:
 
 
 def run(console: Console, made: Plan, *, workers: int, timeout: float | None, quiet: bool) -> None:
-    """Run what is missing with a bar an arm."""
+    """Run what is missing with a bar an arm; Ctrl-C says how to go on and ends with status 130."""
+    try:
+        _run(console, made, workers=workers, timeout=timeout, quiet=quiet)
+    except KeyboardInterrupt:
+        found = len(made.trials) - len(made.missing)
+        console.print(f"stopped with {found} of {len(made.trials)} trials finished; the same command goes on from here")
+        raise typer.Exit(130) from None
+
+
+def _run(console: Console, made: Plan, *, workers: int, timeout: float | None, quiet: bool) -> None:
     if quiet or not made.missing:
         sweep.run(made, workers=workers, timeout=timeout, done=lambda _trial, _result: None)
         return
