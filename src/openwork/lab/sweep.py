@@ -113,7 +113,7 @@ def results(made: Plan, *, preset: str | None = None, threads: int = 1, workers:
         "preset": preset,
         "recipe": made.config.model_dump(mode="json"),
         "recipe_text": write_recipe(made.config),
-        "environment": environment.describe(threads, workers),
+        "environment": environment.describe(threads, workers or os.cpu_count() or 1),
         "columns": dict(made.study.columns),
         "about": made.study.about,
         "arms": [asdict(arm) for arm in made.arms],
