@@ -80,8 +80,8 @@ def _run(
 def _child(place: Path, nursery: Nursery, timeout: float | None, stop: threading.Event) -> tuple[str, int]:
     """Run the child in `place` to its end, the timeout or the stop; return how it ended and its exit status."""
     (place / "result.json").unlink(missing_ok=True)
-    deadline = None if timeout is None else time.monotonic() + timeout
     pid, status = nursery.start(place), "ended"
+    deadline = None if timeout is None else time.monotonic() + timeout
     while (code := nursery.wait(pid, 0.1)) is None:
         if stop.is_set():
             status = "stopped"
