@@ -67,6 +67,6 @@ def test_other_conditions_of_the_same_question_are_found(tmp_path):
     store = Store(tmp_path)
     old = trial(identity={"torch": "2.12", "threads": 1})
     store.begin(old)
-    assert store.others(trial()) == [{"torch": "2.12", "threads": 1}]
+    assert store.others([trial()]) == {trial().key: [{"torch": "2.12", "threads": 1}]}
     (store.place(old) / "spec.json").write_text(json.dumps([1]))
-    assert store.others(trial()) == []
+    assert store.others([trial()]) == {}

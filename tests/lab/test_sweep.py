@@ -73,6 +73,17 @@ def test_more_seeds_and_arms_find_the_finished_trials(tmp_path):
     assert third.results == more.results
 
 
+def test_arms_of_the_same_settings_are_run_once_and_stand_under_both_names(tmp_path):
+    made, ended = ran(tmp_path, ways=("dense", "dense-again"), seeds=2)
+    assert len(ended) == 2
+    one, two = sweep.results(made)["rows"]
+    assert (one["n"], two["n"]) == (2, 2)
+    assert one["accuracy"] == two["accuracy"]
+    renamed, ended = ran(tmp_path, ways=("dense-again",), seeds=2)
+    assert ended == []
+    assert sweep.results(renamed)["rows"][0]["n"] == 2
+
+
 def test_another_version_is_run_again_and_says_why(tmp_path, monkeypatch):
     ran(tmp_path, ways=("dense",), seeds=1)
     monkeypatch.setattr(sweep.environment, "code_digest", lambda: "other")

@@ -28,7 +28,7 @@ class ToyConfig(Config):
 
 
 def arms(config: ToyConfig) -> list[Arm]:
-    return [Arm(way, {"way": way}, way) for way in config.ways]
+    return [Arm(way, {"way": way.removesuffix("-again")}, way) for way in config.ways]
 
 
 def run(config: ToyConfig, arm: Arm, seed: int, work: Work) -> Outcome:

@@ -18,8 +18,7 @@ def comparison(made: Plan, recipe: Recipe, console: Console) -> None:
     """Measure latency, write results, models and report, and print the table."""
     from openwork.lab import latency
 
-    workers = recipe.workers
-    found = sweep.results(made, threads=recipe.threads, workers=workers)
+    found = sweep.results(made, threads=recipe.threads, workers=recipe.workers)
     if recipe.latency:
         with console.status("measuring speed side by side ..."):
             found["latency"] = latency.measure(made, recipe)

@@ -20,18 +20,14 @@ STORE_FAILED = 74  # sysexits.h: EX_IOERR; the parent stops the sweep, since the
 
 def main(folder: str) -> int:
     """Run the trial in `folder`, write its result.json, and return the exit status."""
+    from openwork.lab.store import write_result
+
     place = Path(folder)
     spec = json.loads((place / "spec.json").read_text(encoding="utf-8"))
     started = time.monotonic()
     try:
         result = run(spec, place)
-    except StoreError as error:
-        print(error, file=sys.stderr)
-        return STORE_FAILED
-    result["timings"] = {"seconds": round(time.monotonic() - started, 3)}
-    from openwork.lab.store import write_result
-
-    try:
+        result["timings"] = {"seconds": round(time.monotonic() - started, 3)}
         write_result(place, result)
     except StoreError as error:
         print(error, file=sys.stderr)

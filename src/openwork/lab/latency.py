@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from openwork import atomic
 from openwork.errors import OpenworkError
 from openwork.lab import compare, environment
 from openwork.lab.recipe import Recipe
+from openwork.lab.store import read_json
 from openwork.lab.sweep import Plan
 
 
@@ -23,7 +22,7 @@ def measure(made: Plan, recipe: Recipe) -> dict[str, dict[str, float]]:
     chosen = first_models(made)
     place = made.store.folder / "latency.json"
     asked = {"models": {arm: path.parent.name for arm, path in chosen.items()}, "machine": environment.processor()}
-    known = _read(place)
+    known = read_json(place) or {}
     if known.get("asked") == asked:
         return dict(known["found"])
     found = _measure(chosen, recipe)
@@ -64,11 +63,3 @@ def _measure(chosen: Mapping[str, Path], recipe: Recipe) -> dict[str, dict[str, 
         ratio = times["dense"] / times["fast"] if paid else 1.0  # what stayed dense runs the dense network's own code
         found[arm] = {"ratio": ratio, "ms": 1e3 * times["fast"], "dense_ms": 1e3 * times["dense"]}
     return found
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}

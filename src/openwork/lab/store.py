@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -81,13 +81,15 @@ class Store:
         shutil.rmtree(self.place(trial) / "scratch", ignore_errors=True)
         (self.place(trial) / "progress.json").unlink(missing_ok=True)
 
-    def others(self, trial: Trial) -> list[Mapping[str, Any]]:
-        """Return the identities under which the same question was answered before."""
-        found = []
-        for path in self.trials.glob("*/spec.json"):
-            spec = _read_json(path)
-            if spec and spec.get("question") == trial.question and spec.get("key") != trial.key:
-                found.append(spec["identity"])
+    def others(self, trials: Iterable[Trial]) -> dict[str, list[Mapping[str, Any]]]:
+        """Return for each trial's key under which other identities its question was answered before, if it was."""
+        keys = {trial.question: trial.key for trial in trials}
+        found: dict[str, list[Mapping[str, Any]]] = {}
+        for path in self.trials.glob("*/spec.json") if keys else ():
+            spec = read_json(path) or {}
+            key = keys.get(str(spec.get("question")))
+            if key is not None and spec.get("key") != key:
+                found.setdefault(key, []).append(spec["identity"])
         return found
 
 
@@ -98,7 +100,7 @@ def write_result(place: Path, result: Mapping[str, Any]) -> None:
 
 def read_result(place: Path, key: str) -> dict[str, Any] | None:
     """Return the result in a trial's folder, or None if there is none, or it is damaged or another trial's."""
-    result = _read_json(place / "result.json")
+    result = read_json(place / "result.json")
     if not result or result.get("key") != key:
         return None
     digest = result.pop("digest", None)
@@ -114,7 +116,8 @@ def _digest(result: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return the JSON object in a file, or None if it cannot be read or holds something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

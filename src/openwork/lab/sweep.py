@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from openwork import atomic
 from openwork.errors import StoreError, TrialError
 from openwork.lab import claims, environment
-from openwork.lab.execute import execute
+from openwork.lab.execute import Done, execute
 from openwork.lab.spec import Arm, Config, Trial, write_recipe
 from openwork.lab.stats import mean_interval, paired_interval
 from openwork.lab.store import Store, free_megabytes
@@ -30,7 +30,8 @@ class Plan:
         study: the study.
         config: its configuration.
         arms: what is compared.
-        trials: an arm with a seed each, seeds outermost so that early results cover all arms.
+        trials: an arm with a seed each, seeds outermost so that early results cover all arms; two arms of the same
+            settings share a key, and what is run once stands under both names.
         store: where results go.
         results: results by trial key, those found finished to begin with.
         stale: why finished trials of the same question are not used, if there are any.
@@ -46,8 +47,8 @@ class Plan:
 
     @property
     def missing(self) -> list[Trial]:
-        """Return the trials that have no result yet."""
-        return [trial for trial in self.trials if trial.key not in self.results]
+        """Return the trials that have no result yet, one of each key."""
+        return list({trial.key: trial for trial in self.trials if trial.key not in self.results}.values())
 
 
 def plan(study: Study, config: Config, folder: Path, *, threads: int = 1) -> Plan:
@@ -59,8 +60,7 @@ def plan(study: Study, config: Config, folder: Path, *, threads: int = 1) -> Pla
     trials = [
         Trial(study.name, full, content, arm, seed, identity) for seed in range(config.seeds) for arm in arms
     ]  # fmt: skip
-    unique = {trial.key: trial for trial in trials}
-    made = Plan(study, config, arms, list(unique.values()), store)
+    made = Plan(study, config, arms, trials, store)
     for trial in made.trials:
         result = store.finished(trial)
         if result is not None:
@@ -69,9 +69,7 @@ def plan(study: Study, config: Config, folder: Path, *, threads: int = 1) -> Pla
     return made
 
 
-def run(
-    made: Plan, *, workers: int = 0, timeout: float | None = None, done: Callable[[Trial, dict[str, Any]], None]
-) -> None:
+def run(made: Plan, *, workers: int = 0, timeout: float | None = None, done: Done) -> None:
     """Run what is missing; `done` is called with every trial as it ends.
 
     Args:
@@ -105,7 +103,8 @@ def run(
 
 def results(made: Plan, *, preset: str | None = None, threads: int = 1, workers: int = 1) -> dict[str, Any]:
     """Return everything that a report needs, in plain JSON values."""
-    trials = [made.results[trial.key] for trial in made.trials if trial.key in made.results]
+    known = [(trial, made.results[trial.key]) for trial in made.trials if trial.key in made.results]
+    trials = [{**result, "arm": trial.arm.name} for trial, result in known]  # a result may be found under another name
     return {
         "format": 1,
         "kind": "compare" if made.study.name == "compare" else "study",
@@ -120,7 +119,7 @@ def results(made: Plan, *, preset: str | None = None, threads: int = 1, workers:
         "trials": trials,
         "latency": {},
         "rows": [_row(arm, trials, made.config.seeds, made.study) for arm in made.arms],
-        "claims": [asdict(v) for v in claims.judge(made.study.claims(made.config), _values(trials))],
+        "claims": [asdict(v) for v in claims.judge(made.study.claims(made.config), claims.collect(trials))],
     }
 
 
@@ -152,39 +151,28 @@ def _row(arm: Arm, trials: Sequence[Mapping[str, Any]], seeds: int, study: Study
     values = {seed: metrics[main] for seed, metrics in own.items() if main in metrics}
     against = {seed: metrics[main] for seed, metrics in dense.items() if main in metrics}
     row: dict[str, Any] = {"arm": arm.name, "method": arm.method, "density": arm.density, "n": len(own), "seeds": seeds}
-    row["accuracy"] = _interval(mean_interval(list(values.values()))) if values else None
+    row["accuracy"] = mean_interval(list(values.values())).as_dict() if values else None
     paired = paired_interval(values, against) if values and against and arm.name != "dense" else None
-    row["difference"] = _interval(paired) if paired is not None and paired.n else None
+    row["difference"] = paired.as_dict() if paired is not None and paired.n else None
     for name in _MEANS:
         found = [metrics[name] for metrics in own.values() if name in metrics]
         row[name] = sum(found) / len(found) if found else None
     row["metrics"] = {
-        name: _interval(mean_interval([m[name] for m in own.values() if name in m]))
+        name: mean_interval([m[name] for m in own.values() if name in m]).as_dict()
         for name in study.columns
         if any(name in m for m in own.values())
     }
     return {**row, "latency": None, "note": arm.note}
 
 
-def _interval(found: Any) -> dict[str, float | None]:
-    return {"mean": found.mean, "low": found.low, "high": found.high}
-
-
-def _values(trials: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    return claims.collect(trials)
-
-
 def _why(store: Store, missing: Sequence[Trial], identity: Mapping[str, Any]) -> str:
     """Say why finished trials of the same question are not used: which part of their identity differs."""
-    differing: set[str] = set()
-    count = 0
-    for trial in missing:
-        others = store.others(trial)
-        count += bool(others)
-        differing |= {key for other in others for key in identity if other.get(key) != identity[key]}
-    if not count:
+    found = store.others(missing)
+    others = [other for identities in found.values() for other in identities]
+    differing = {key for other in others for key in identity if other.get(key) != identity[key]}
+    if not found:
         return ""
-    return f"{count} trials were run before under other conditions ({', '.join(sorted(differing))}) and are run again"
+    return f"{len(found)} trials were run before under other conditions ({', '.join(sorted(differing))}) and are run again"
 
 
 def _some(names: list[str]) -> str:
