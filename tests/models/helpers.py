@@ -30,6 +30,7 @@ SMALL: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "wrn-10-2": ((3, 8, 8), {"dropout": 0.3}),
     "mobilenet-v1": ((3, 8, 8), {"multiplier": 0.25}),
     "mobilenet-v2": ((3, 8, 8), {"multiplier": 0.25, "dropout": 0.2}),
+    "efficientnet-b0": ((3, 8, 8), {"multiplier": 0.25, "depth": 0.5, "drop_path": 0.2}),
     "vit-tiny": ((3, 8, 8), {"width": 24, "depth": 2}),
     "gpt-small": ((12,), {"width": 16, "depth": 2}),
 }

@@ -19,7 +19,7 @@ def test_names_are_read_without_importing_torch() -> None:
 
 
 def test_every_family_file_is_listed() -> None:
-    stems = {"mlp", "lenet", "cnn", "resnet", "wrn", "mobilenet", "vit", "gpt"}
+    stems = {"mlp", "lenet", "cnn", "efficientnet", "resnet", "wrn", "mobilenet", "vit", "gpt"}
     assert {family.module for family in catalog.families()} == stems
 
 

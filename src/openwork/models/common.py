@@ -71,3 +71,15 @@ def divisible(channels: float, by: int = 8) -> int:
     """
     rounded = max(by, int(channels + by / 2) // by * by)
     return rounded if rounded >= 0.9 * channels else rounded + by
+
+
+def kept_strides(strides: list[int], side: int, least: int = 4) -> list[int]:
+    """Turn the first strides of 2 into 1 until `side` pixels leave a last map of at least `least` pixels."""
+    halvings = 0
+    while halvings < strides.count(2) and -(-side // 2 ** (halvings + 1)) >= least:
+        halvings += 1
+    drop, kept = strides.count(2) - halvings, []
+    for stride in strides:
+        kept.append(1 if stride == 2 and drop > 0 else stride)
+        drop -= stride == 2
+    return kept

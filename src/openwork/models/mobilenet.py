@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from openwork.models.common import check_positive, check_rate, divisible, image_shape, initialise
+from openwork.models.common import check_positive, check_rate, divisible, image_shape, initialise, kept_strides
 
 NAMES = ("mobilenet-v1", "mobilenet-v2")
 FORM = r"mobilenet-v[12]"
@@ -68,7 +68,7 @@ def build(
 
 
 def _v1(channels: int, side: int, multiplier: float) -> tuple[list[nn.Module], int]:
-    strides = _strides([2, *(stride for _, stride in V1)], side)
+    strides = kept_strides([2, *(stride for _, stride in V1)], side)
     before = divisible(32 * multiplier)
     layers = [*_unit(channels, before, 3, strides[0])]
     for (width, _), stride in zip(V1, strides[1:], strict=True):
@@ -79,7 +79,7 @@ def _v1(channels: int, side: int, multiplier: float) -> tuple[list[nn.Module], i
 
 
 def _v2(channels: int, side: int, multiplier: float) -> tuple[list[nn.Module], int]:
-    strides = _strides([2, *(row[3] for row in V2)], side)
+    strides = kept_strides([2, *(row[3] for row in V2)], side)
     before = divisible(32 * multiplier)
     layers = [*_unit(channels, before, 3, strides[0], act=nn.ReLU6)]
     for (expansion, width, repeats, _), first in zip(V2, strides[1:], strict=True):
@@ -96,15 +96,3 @@ def _unit(
 ) -> list[nn.Module]:
     conv = nn.Conv2d(before, after, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
     return [conv, nn.BatchNorm2d(after), act()]
-
-
-def _strides(strides: list[int], side: int, least: int = 4) -> list[int]:
-    """Turn the first strides of 2 into 1 until `side` pixels leave a last map of at least `least` pixels."""
-    halvings = 0
-    while halvings < strides.count(2) and -(-side // 2 ** (halvings + 1)) >= least:
-        halvings += 1
-    drop, kept = strides.count(2) - halvings, []
-    for stride in strides:
-        kept.append(1 if stride == 2 and drop > 0 else stride)
-        drop -= stride == 2
-    return kept
