@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from openwork.errors import FormatError, ModelError, OpenworkError
-from openwork.runtime import files
+from openwork.runtime import files, record
+from openwork.runtime.plan import Plan, restore
 
 RECIPE = "model"
+PLAN = "plan"
 _COMPILED = "_orig_mod."
 _SMALL = 256
 _REMEDY = "pass the module, load(path, model)"
@@ -39,7 +41,8 @@ def save(model: nn.Module, path: str | Path, *, metadata: Mapping[str, Any] | No
     """Write parameters and buffers of `model` to one compressed `.safetensors` file, atomically and bit for bit.
 
     A model wrapped by `torch.compile` is saved under its own names; tied tensors are stored once. A model made by
-    `openwork.models.build` carries its recipe, which is stored, so that `load` can build it again.
+    `openwork.models.build` carries its recipe, which is stored, so that `load` can build it again. One that
+    `openwork.accelerate` returned is stored as the dense model that it stands for, with its plan beside it.
 
     Args:
         model: any module; what its `state_dict` holds is saved.
@@ -56,6 +59,11 @@ def save(model: nn.Module, path: str | Path, *, metadata: Mapping[str, Any] | No
     extra = dict(metadata or {})
     if RECIPE not in extra and _is_clean(recipe):
         extra[RECIPE] = recipe
+    plan = next(
+        (one for one in (getattr(model, name, None) for name in ("openwork_plan", "plan")) if isinstance(one, Plan)), None
+    )
+    if PLAN not in extra and plan is not None and plan.accelerated:
+        extra[PLAN] = record.write(plan.record)
     size = files.write_state(path, state, extra)
     return Saved(Path(path), size, files.plain_bytes(state))
 
@@ -70,13 +78,17 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
     return files.read_state(path)[0]
 
 
-def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+def load(path: str | Path, model: nn.Module | None = None, *, plan: bool = True) -> nn.Module:
     """Load a file into `model` in place, or into the reference model that its recipe names, and return the model.
+
+    A file of an accelerated model gives an accelerated copy back: as it was saved on the same machine (the outputs are the
+    same bit for bit), measured anew where processor, vector instructions, versions or threads are others.
 
     Args:
         path: a file written by `save`, or any plain safetensors file.
         model: the module to fill; its names, shapes and dtypes must be the file's. Without it the file must hold the
             recipe of one of openwork's own reference models: a file never chooses which code of the user's is run.
+        plan: whether a plan in the file is followed; False gives the dense model.
 
     Raises:
         FormatError: if the file is damaged, does not fit the model (which then stays as it was), or has no recipe.
@@ -92,7 +104,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         model.load_state_dict(filled, strict=True)
     except RuntimeError as error:
         raise ModelError(f"the model refuses the tensors of {str(path)!r}: {error}") from error
-    return model
+    return restore(model, metadata[PLAN]) if plan and PLAN in metadata else model
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

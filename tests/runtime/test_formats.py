@@ -13,7 +13,14 @@ from openwork.core.rng import generator
 from openwork.errors import ModelError
 from openwork.runtime import formats
 from openwork.runtime.bounds import bound
+from openwork.runtime.kernels.target import VARIABLE, targets
+from openwork.testing import formats as suite
 from openwork.testing.formats import check_format
+
+GENERAL = [name for name in formats.names() if name not in ("block", "nm")]
+"""Formats that take any weight; the others have tests of their own."""
+DOUBLE = ("dense", "csr_scipy", "csr_torch")
+"""Formats that take float64."""
 
 
 @pytest.fixture(autouse=True)
@@ -24,12 +31,23 @@ def one_thread() -> Any:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("name", formats.names())
-def test_every_format_conforms(name: str) -> None:
+@pytest.mark.parametrize("name", GENERAL)
+def test_every_format_conforms(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name not in DOUBLE:
+        monkeypatch.setattr(suite, "DTYPES", (torch.float32,))
+        with pytest.raises(ModelError, match=r"float64 for the sparse kernels: give float32"):
+            formats.load(name).pack(torch.ones(2, 3).double())
     check_format(name)
 
 
-@pytest.mark.parametrize("name", formats.names())
+@pytest.mark.parametrize("target", [*list(targets())[1:], "none"])
+def test_spmm_conforms_on_other_processors(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "DTYPES", (torch.float32,))
+    monkeypatch.setenv(VARIABLE, target)
+    check_format("spmm")
+
+
+@pytest.mark.parametrize("name", GENERAL)
 def test_products_of_whole_numbers_are_exact(name: str) -> None:
     draw = generator(0, "whole", name)
     tested = formats.load(name)
@@ -41,7 +59,7 @@ def test_products_of_whole_numbers_are_exact(name: str) -> None:
     assert torch.equal(tested.matmul(tested.pack(weight, bias), x).long(), expected)
 
 
-@pytest.mark.parametrize("name", formats.names())
+@pytest.mark.parametrize("name", GENERAL)
 def test_two_threads_keep_the_bound(name: str) -> None:
     torch.set_num_threads(2)
     draw = generator(1, "threads")
@@ -53,11 +71,20 @@ def test_two_threads_keep_the_bound(name: str) -> None:
 
 
 def test_the_folder_is_the_registry() -> None:
-    assert formats.names() == ["dense", "csr_scipy", "csr_torch"]
-    with pytest.raises(ModelError, match="there is no format 'nope': choose from dense, csr_scipy, csr_torch"):
+    assert formats.names() == ["dense", "block", "csr_scipy", "csr_torch", "few", "nm", "sell", "spmm"]
+    with pytest.raises(ModelError, match="there is no format 'nope': choose from dense, block, csr_scipy, csr_torch"):
         formats.load("nope")
     with pytest.raises(ModelError):
         formats.load("_common")
+
+
+def test_bytes_of_groups_are_those_of_starts_columns_and_blocks() -> None:
+    tested = formats.load("spmm")
+    weight = torch.eye(10)
+    assert tested.nbytes(tested.pack(weight)) == 11 * 8 + 10 * 4 + 10 * 4
+    assert tested.nbytes(tested.pack(weight, torch.ones(10))) == 11 * 8 + 10 * 4 + 10 * 4 + 40
+    pairs = weight.repeat_interleave(2, dim=0)
+    assert tested.nbytes(tested.pack(pairs)) == 11 * 8 + 10 * 4 + 20 * 4
 
 
 @pytest.mark.parametrize("name", ["csr_scipy", "csr_torch"])
@@ -69,7 +96,7 @@ def test_bytes_are_those_of_values_indices_and_bias(name: str) -> None:
     assert tested.nbytes(tested.pack(weight.double())) == 10 * 8 + 10 * 4 + 11 * 4
 
 
-@pytest.mark.parametrize("name", formats.names())
+@pytest.mark.parametrize("name", GENERAL)
 def test_misfits_are_refused_in_a_sentence(name: str) -> None:
     tested = formats.load(name)
     for weight, bias in (
@@ -87,7 +114,7 @@ def test_misfits_are_refused_in_a_sentence(name: str) -> None:
             tested.matmul(packed, x)
 
 
-@pytest.mark.parametrize("name", formats.names())
+@pytest.mark.parametrize("name", GENERAL)
 def test_the_packed_weight_is_a_copy_and_is_shared_by_copies(name: str) -> None:
     tested = formats.load(name)
     weight, bias, x = torch.ones(3, 2), torch.ones(3), torch.ones(1, 2)
@@ -99,7 +126,7 @@ def test_the_packed_weight_is_a_copy_and_is_shared_by_copies(name: str) -> None:
     assert tested.matmul(pickle.loads(pickle.dumps(packed)), x).tolist() == [[3, 3, 3]]
 
 
-@pytest.mark.parametrize("name", formats.names())
+@pytest.mark.parametrize("name", GENERAL)
 def test_no_gradient_flows(name: str) -> None:
     tested = formats.load(name)
     weight = torch.ones(3, 2, requires_grad=True)
