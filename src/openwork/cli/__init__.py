@@ -30,10 +30,11 @@ def _options(version: bool = typer.Option(False, "--version", help="Print the ve
 
 
 def _register() -> None:
-    from openwork.cli import compare, data, doctor, methods, study
+    from openwork.cli import bench, compare, data, doctor, methods, study
 
     app.command("compare")(compare.command())
     app.command("study")(study.study)
+    app.command("bench")(bench.bench)
     app.command("list")(methods.list_methods)
     app.command("show")(methods.show)
     app.add_typer(data.app, name="data")
