@@ -400,26 +400,35 @@ def test_without_llvm_torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- tuning -------------------------------------------------------------------------------------------------------
 
 
-def test_what_was_measured_is_used_from_then_on(kernels: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+@pytest.mark.parametrize("tokens", [False, True])
+def test_what_was_measured_is_used_from_then_on(
+    tokens: bool, kernels: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
     monkeypatch.setenv("OPENWORK_CACHE", str(tmp_path))
-    monkeypatch.setattr(spmm, "interleave", lambda calls, seconds: {name: -int(name) for name in calls})
+    rounds: list[int] = []
+    monkeypatch.setattr(
+        spmm, "interleave", lambda calls, seconds: rounds.append(len(calls)) or {name: -int(name) for name in calls}
+    )
     weight, x = sparse(48, 64, 0.2), normal(64, 200)
     packed = pack_spmm(weight)
     expected = spmm_chw(packed, x, threads=1)
-    for tokens, given_x in ((False, x), (True, x.t().contiguous())):
-        found = tune(packed, given_x, tokens=tokens, threads=1, seconds=0.02)
-        assert found is not None
-        used: list[Tiling] = []
-        way = packed._product._way
-        monkeypatch.setattr(packed._product, "_way", lambda key, way=way: used.append(way(key).tiling) or way(key))
-        y = spmm_tokens(packed, given_x, threads=1).t() if tokens else spmm_chw(packed, given_x, threads=1)
-        assert torch.equal(y, expected)
-        assert used[0].part == found.part
-        assert used[0].chunks == found.chunks
-        monkeypatch.undo()
-        monkeypatch.setenv("OPENWORK_CACHE", str(tmp_path))
-        monkeypatch.setenv(VARIABLE, kernels)
-        monkeypatch.setattr(spmm, "interleave", lambda calls, seconds: {name: -int(name) for name in calls})
-    assert len(tuning._read(tuning._place())) == 2
+    x = x.t().contiguous() if tokens else x
+    found = tune(packed, x, tokens=tokens, threads=1, seconds=0.02)
+    assert found is not None
+    assert 1 <= rounds[0] <= spmm.FEW
+    used: list[Tiling] = []
+    way = packed._product._way
+    monkeypatch.setattr(packed._product, "_way", lambda key: used.append(way(key).tiling) or way(key))
+    y = spmm_tokens(packed, x, threads=1).t() if tokens else spmm_chw(packed, x, threads=1)
+    assert torch.equal(y, expected)
+    assert set(used) == {found}
+    assert list(tuning._read(tuning._place()).values()) == [found]
+    assert tune(pack_spmm(weight), x, tokens=tokens, threads=1) == found
+    assert len(rounds) == 1  # it is known
+    assert tune(pack_spmm(weight), x, tokens=tokens, threads=1, seconds=0.02, again=True) is not None
+    assert len(rounds) == 2
+
+
+def test_there_may_be_nothing_to_measure() -> None:
     assert tune(pack_spmm(torch.zeros(3, 4)), torch.ones(4, 5)) is None
-    assert tune(packed, x[:, :0]) is None
+    assert tune(pack_spmm(torch.ones(3, 4)), torch.ones(4, 0)) is None

@@ -132,7 +132,7 @@ class PackedRecurrent(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """Return weights and biases by the names that they have in the layer, unpacked anew."""
         unpack = formats.load(self.format).unpack
-        found = {}
+        found: dict[str, Tensor] = {}
         for names, layer in zip(self._names(), self.weights, strict=True):
             for name, one in zip(names, layer, strict=True):
                 (input, input_bias), (hidden, hidden_bias) = unpack(one.input), unpack(one.hidden)

@@ -53,8 +53,9 @@ def default_tiling(
 ) -> Tiling:
     """Return the tiling of a product that has not been measured.
 
-    One row a group waits for its loads: narrow tiles, so that a long part fits the first cache. More rows use each load
-    several times: one part as long as its slice fits the second.
+    One row a group waits for its loads: narrow tiles, so that a long part fits the first cache with room for the sums that
+    come and go, unless a group has too few entries in it. More rows use each load several times: one long part, whose
+    slice comes from the second cache.
 
     Args:
         rows: output rows of a group.
@@ -127,8 +128,12 @@ def _tiling(
     total = max(1, -(-columns // target.lanes))
     vectors = -(-total // -(-total // most))
     slice_bytes = 4 * vectors * target.lanes
-    enough = {1: 8, 2: 12}.get(rows, 50) * width * groups / max(1, entries)  # rows of x with that many entries a group
-    part = min(max(first_cache() / slice_bytes, enough) * reach, max(first_cache(), SUMS) / slice_bytes)
+    room, apart = first_cache() / slice_bytes, width * groups / max(1, entries)  # rows of x from an entry to the next
+    if rows == 1:
+        part = max(0.6 * room, min(18 * apart, room), 9 * apart)
+    else:
+        part = max(room, (24 if rows == 2 else 100) * apart)
+    part = min(part * reach, max(first_cache(), SUMS) / slice_bytes)
     parts = max(1, round(width / max(1.0, part)))
     units = images * -(-total // vectors)
     chunks = -(-groups * rows * slice_bytes // SUMS) if parts > 1 else 1

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import mmap
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -11,7 +14,8 @@ from openwork.runtime.kernels import few, matvec
 from openwork.runtime.kernels.arrange import sections
 from openwork.runtime.kernels.precision import PRECISIONS, Precision, scales
 from openwork.runtime.kernels.target import Target
-from tests.runtime.kernels.sparse_tools import NAMES, TARGETS, assert_close, guarded, normal, run, sparse, untouched
+from tests.runtime.kernels import reaching
+from tests.runtime.kernels.sparse_tools import NAMES, TARGETS, assert_close, draws, guarded, normal, run, sparse, untouched
 
 pytestmark = pytest.mark.skipif(not TARGETS, reason="no LLVM on this machine")
 TILES = [(target, columns) for target in TARGETS for columns in few.widths(target)]
@@ -106,3 +110,19 @@ def test_indices_take_32_bits_where_they_need_to(target: Target) -> None:
     part = packed(weight, bias, target)
     assert part.indices.itemsize == 4
     assert_close(product(target, part, x)[0].T, weight, bias, x[0].T)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=NAMES)
+def test_rows_are_summed_in_the_order_of_their_entries(target: Target) -> None:
+    weight = sparse(18, 30, 60, 0.4) * np.float32(10) ** draws(19).integers(-4, 5, (30, 60)).astype(np.float32)
+    bias, ones = normal(20, 30), np.ones((1, 60, 4), np.float32)
+    expected = [np.cumsum(row, dtype=np.float32)[-1] + added for row, added in zip(weight, bias, strict=True)]
+    assert np.array_equal(product(target, packed(weight, bias, target), ones)[0], np.array(expected)[:, None].repeat(4, 1))
+
+
+@pytest.mark.skipif(not hasattr(mmap, "PAGESIZE") or sys.platform == "win32", reason="pages are guarded by POSIX calls")
+def test_no_product_reads_or_writes_beyond_its_memory() -> None:
+    """Of `kernels.matvec`, `kernels.nm` and `kernels.few`, in a process of its own."""
+    done = subprocess.run([sys.executable, "-m", reaching.__name__], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == "nothing beyond\n"

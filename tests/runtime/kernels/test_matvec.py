@@ -179,6 +179,19 @@ def test_what_follows_the_sum_is_applied(target: Target, lanes: int, rows: int) 
     assert np.array_equal(found, np.clip(plain, -0.5, 2.0))
 
 
+@pytest.mark.parametrize(("target", "lanes", "rows"), [way for way in WAYS if way[2] in (1, 4)])
+def test_the_order_of_summation_is_as_stated(target: Target, lanes: int, rows: int) -> None:
+    weight = sparse(36, 48, 60, 0.4, rows) * np.float32(10) ** draws(37).integers(-4, 5, (48, 60)).astype(np.float32)
+    bias, ones = normal(38, 48), np.ones((1, 60), np.float32)
+    expected = []
+    for row, added in zip(weight, bias, strict=True):
+        sums = np.zeros(4, np.float32)
+        for k, value in enumerate(row[row != 0]):  # times 1, so that it is of no matter whether sums are fused
+            sums[k % 4] += value
+        expected.append((sums[0] + sums[1]) + (sums[2] + sums[3]) + added)
+    assert np.array_equal(product(target, packed(weight, bias, lanes, rows), ones, 48)[0], np.array(expected))
+
+
 def test_columns_may_lie_apart() -> None:
     target, weight, bias = TARGETS[0], sparse(29, 20, 15, 0.5), normal(30, 20)
     wide = normal(31, 3, 40)

@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 from openwork.runtime.kernels import nm
 from openwork.runtime.kernels.precision import PRECISIONS, Precision, scales
 from openwork.runtime.kernels.target import Target
-from tests.runtime.kernels.sparse_tools import TARGETS, assert_close, balanced, guarded, normal, run, sparse, untouched
+from tests.runtime.kernels.sparse_tools import (
+    TARGETS,
+    assert_close,
+    balanced,
+    draws,
+    guarded,
+    normal,
+    run,
+    sparse,
+    untouched,
+)
 
 PERMUTING = [target for target in TARGETS if target.name in nm.PERMUTING]
 NAMES = [target.name for target in PERMUTING]
@@ -107,6 +117,27 @@ def test_nothing_is_read_beyond_a_row_of_x(target: Target) -> None:
             room[32 : 32 + width] = normal(13, width)
             x = room[None, 32 : 32 + width]
             assert_close(product(target, packed(weight, bias, n, m, target), x), weight, bias, x)
+
+
+@needs_target
+@pytest.mark.parametrize("target", PERMUTING, ids=NAMES)
+@pytest.mark.parametrize("pattern", [(2, 4), (3, 6), (1, 8), (7, 13)])
+def test_the_order_of_summation_is_as_stated(target: Target, pattern: tuple[int, int]) -> None:
+    weight = balanced(20, 21, 130, *pattern) * np.float32(10) ** draws(21).integers(-4, 5, (21, 130)).astype(np.float32)
+    bias, ones, cut = normal(22, 21), np.ones((1, 130), np.float32), nm.steps(target, *pattern)
+    expected = []
+    for row, added in zip(weight, bias, strict=True):
+        sums = np.zeros(4, np.float32)
+        for begin in range(0, 130, cut.columns):
+            group = row[begin : begin + cut.columns]
+            filled = [
+                np.append(one[one != 0], np.zeros(cut.n))[: cut.n]
+                for one in np.split(group, range(cut.m, len(group), cut.m))
+            ]
+            for q, value in enumerate(np.concatenate(filled).astype(np.float32)):
+                sums[q % 4] += value
+        expected.append((sums[0] + sums[1]) + (sums[2] + sums[3]) + added)
+    assert np.array_equal(product(target, packed(weight, bias, *pattern, target), ones)[0], np.array(expected))
 
 
 @needs_target

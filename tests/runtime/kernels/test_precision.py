@@ -16,7 +16,8 @@ def test_bfloat16_is_torchs_bit_for_bit() -> None:
     edges = np.array(
         [0, 0x80000000, 0x7F800000, 0xFF800000, 0x3F808000, 0x3F818000, 0x3F808001, 1, 0x8000, 0x8001], np.uint32
     )
-    values = np.concatenate((words, edges)).view(np.float32)
+    nans = np.array([0x7F800001, 0xFF80FFFF], np.uint32)  # payloads that a cut would lose
+    values = np.concatenate((words, edges, nans)).view(np.float32)
     stored = narrow(values, np.ones_like(values), "bfloat16")
     expected = torch.from_numpy(values).bfloat16()
     number = ~np.isnan(values)

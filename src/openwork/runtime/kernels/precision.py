@@ -56,7 +56,8 @@ def narrow(values: Floats, scale: Floats, precision: Precision) -> npt.NDArray[A
     if precision == "float32":
         return np.ascontiguousarray(values, np.float32)
     if precision == "int8":
-        return np.clip(np.rint(values / scale), -_STEPS, _STEPS).astype(np.int8)
+        whole: npt.NDArray[np.int8] = np.clip(np.rint(values / scale), -_STEPS, _STEPS).astype(np.int8)
+        return whole
     words = np.ascontiguousarray(values, np.float32).view(np.uint32)
     rounded = words + np.uint32(0x7FFF) + ((words >> np.uint32(16)) & np.uint32(1))
     quiet = words | np.uint32(0x00400000)  # a NaN whose payload is cut must not become an infinity

@@ -44,7 +44,12 @@ def host() -> Target | None:
     Raises:
         ModelError: if OPENWORK_KERNELS names a target that this machine cannot run.
     """
-    found, wanted = targets(), os.environ.get(VARIABLE, "")
+    return _chosen(os.environ.get(VARIABLE, ""))
+
+
+@functools.cache
+def _chosen(wanted: str) -> Target | None:
+    found = targets()
     if wanted == "none":
         return None
     if wanted and wanted not in found:
