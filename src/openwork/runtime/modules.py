@@ -41,12 +41,14 @@ def obstacle(layer: nn.Module) -> str | None:
         problem = "is neither linear, a 2-d convolution, an LSTM nor a GRU"
     if problem:
         return problem
+    if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
+        return "has no weight yet"
     if layer._forward_hooks or layer._forward_pre_hooks:
         return "has hooks"
     if hasattr(layer, "parametrizations"):
         return "is parametrized"
     weights = weights_of(layer)
-    if isinstance(layer, nn.modules.lazy.LazyModuleMixin) or any(weight.numel() == 0 for weight in weights):
+    if any(weight.numel() == 0 for weight in weights):
         return "has no weight yet"
     for weight in weights:
         if weight.dtype not in (torch.float32, torch.float64) or weight.device.type != "cpu":

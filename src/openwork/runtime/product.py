@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from openwork.runtime import tuning
-from openwork.runtime.kernels import arrange, launch, layout
+from openwork.runtime.kernels import arrange, launch
+from openwork.runtime.kernels import layout as copies
 from openwork.runtime.kernels import spmm as kernel
 from openwork.runtime.kernels.activations import Act
 from openwork.runtime.kernels.target import Target, targets
@@ -29,9 +31,25 @@ LINE = 64
 """Bytes of a cache line."""
 SETS = 64
 """Cache lines after which the first cache begins again."""
+FARTHEST = 2**31
+"""Bytes that an offset of the kernel cannot reach."""
 ROOMS = 63
+HELD = 2 * 2**20
+"""Bytes of panels, a thread, that tokens fill before they start over: about the second cache."""
+PLANS = 1024
+"""Plans that are kept before all are made anew."""
 KEPT = 16
 """Arrangements of a weight that are kept for further shapes."""
+
+
+class Asked(NamedTuple):
+    """What a caller wants of a product, its operands aside; `threads` and `tiling` may be left open."""
+
+    target: Target
+    act: Act = "none"
+    limits: tuple[float, float] | None = None
+    threads: int | None = None
+    tiling: Tiling | None = None
 
 
 class Key(NamedTuple):
@@ -77,34 +95,90 @@ class _Way:
     rooms: int = 0
 
 
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A key and how its product is run; one a key, told from others by what it is, not by what it holds."""
+
+    key: Key
+    way: _Way
+
+
 class Product:
-    """A packed weight with its programs; any number of threads may multiply at once."""
+    """A packed weight with its programs; any number of threads may multiply at once.
+
+    Attributes:
+        sections, bias, shape: of the weight; zeros where it has no bias.
+        multiplies: multiply-adds for one column.
+        seen: plans of inputs that were looked at before, for the caller to fill; emptied when plans change.
+    """
 
     def __init__(self, sections: tuple[arrange.Section, ...], bias: npt.NDArray[np.float32], shape: tuple[int, int]) -> None:
         self.sections, self.bias, self.shape = sections, bias, shape
         self.multiplies = sum(section.values.size for section in sections)
-        self._ways: dict[Key, _Way] = {}
+        self.seen: dict[Any, tuple[Plan, torch.Size]] = {}
+        self._plans: dict[Key, Plan] = {}
         self._arranged: dict[tuple[int, int, bool, int, int], arrange.Arranged] = {}
-        self._pool: Pool[Key] = Pool(self._ready)
+        self._pool: Pool[Plan] = Pool(self._ready)
 
-    def run(self, key: Key, x: int, y: int, added: int = 0) -> None:
+    def columns_key(self, x: Tensor, out: Tensor, added: Tensor | None, asked: Asked) -> Key:
+        """Return the key of a product of x (in, columns) or (images, in, columns), columns side by side, into out."""
+        many, columns = x.ndim == 3, x.shape[-1]
+        images = x.shape[0] if many else 1
+        return Key(
+            asked.target.name,
+            "columns",
+            images,
+            columns,
+            4 * x.stride(0) if many else 0,
+            4 * x.stride(-2),
+            4 * out.stride(0) if many else 0,
+            4 * out.stride(-2),
+            x.data_ptr() % LINE == 0,
+            asked.act,
+            asked.limits,
+            0 if added is None else 4 * added.stride(-2),
+            0 if added is None or not many else 4 * added.stride(0),
+            asked.threads or self._threads(images * columns, asked.target),
+            asked.tiling,
+        )
+
+    def tokens_key(self, x: Tensor, asked: Asked) -> tuple[Tensor, Key]:
+        """Return x (tokens, in) as it is read, and the key of the first tokens of it: all, if they are not too many."""
+        (height, width), (count, _), (token, feature) = self.shape, x.shape, x.stride()
+        threads = asked.threads or self._threads(count, asked.target)
+        some = min(count, 64 * max(1, HELD * threads // (256 * (height + width))))
+        turned = feature >= count > 1 == token and width > 1
+        if not turned and feature != 1 and width > 1:
+            x = x.detach().contiguous()
+        layout: Layout = "turned" if turned else "tokens"
+        aligned = turned and x.data_ptr() % LINE == 0
+        step = 4 * x.stride(1 if turned else 0)
+        end = (aligned, asked.act, asked.limits, 0, 0, threads, asked.tiling)
+        return x, Key(asked.target.name, layout, 1, some, 0, step, 0, 4 * height, *end)
+
+    def plan(self, key: Key) -> Plan:
+        """Return the plan of a key, made at the first call."""
+        found = self._plans.get(key)
+        if found is None:
+            if len(self._plans) >= PLANS:
+                self.forget()
+            found = self._plans[key] = Plan(key, self._way(key))
+        return found
+
+    def run(self, plan: Plan, x: int, y: int, added: int = 0) -> None:
         """Multiply: x and y are addresses, laid out as the key says, `added` that of a tensor with y's columns."""
-        way = self._ways.get(key)
-        if way is None:
-            if len(self._ways) >= 1024:
-                self._ways = {}
-            way = self._ways[key] = self._way(key)
+        way = plan.way
         held = torch.empty(way.floats, dtype=torch.float32) if way.floats else None
         start = 0 if held is None else -(-held.data_ptr() // LINE) * LINE
         plus = [added + step for step in way.rows] if added else ()
         operands = [x, *[y + step for step in way.rows], *[start + place for place in way.places], *plus]
-        self._pool.run(key, operands, key.threads)
+        self._pool.run(plan, operands, plan.key.threads)
 
     def forget(self) -> None:
         """Make programs anew at the next call, with the tilings that are best known then."""
-        self._ways, self._pool = {}, Pool(self._ready)
+        self.seen, self._plans, self._pool = {}, {}, Pool(self._ready)
 
-    def threads(self, columns: int, target: Target) -> int:
+    def _threads(self, columns: int, target: Target) -> int:
         """Return how many of torch's threads pay for a product with so many columns."""
         return tuning.useful_threads(self.multiplies * columns, target, torch.get_num_threads())
 
@@ -129,7 +203,7 @@ class Product:
         wide = 4 * tiling.vectors * target.lanes
         tiles = -(-4 * key.columns // wide)
         first = [section.first for section in self.sections]
-        staged = key.layout != "tokens" and not _spread(key, wide)
+        staged = key.layout != "tokens" and not (_spread(key, wide) and width * key.x_row < FARTHEST)
         rows = tuple(row * key.y_row for row in first)
         room = rooms = x_bytes = 0
         if staged:
@@ -157,9 +231,10 @@ class Product:
             self._arranged[key] = found
         return found
 
-    def _ready(self, key: Key) -> Ready:
-        """Return the program of a key."""
-        target, way, (height, width) = targets()[key.target], self._way(key), self.shape
+    def _ready(self, plan: Plan) -> Ready:
+        """Return a program of a plan."""
+        key, way, (height, width) = plan.key, plan.way, self.shape
+        target = targets()[key.target]
         vectors, count = way.tiling.vectors, len(self.sections)
         lanes = vectors * target.lanes
         wide, tiles = 4 * lanes, -(-key.columns // lanes)
@@ -178,18 +253,18 @@ class Product:
         stages = [before]
         x = kernel.Matrix(0, key.x_image, key.x_row)
         if key.layout == "tokens":
-            before += layout.pack_tokens(target, 0, key.x_row // 4, key.columns, width, 0, lanes)
-            patch(before, layout.TURN, "x", 0)
-            patch(before, layout.TURN, "y", memory)
+            before += copies.pack_tokens(target, 0, key.x_row // 4, key.columns, width, 0, lanes)
+            patch(before, copies.TURN, "x", 0)
+            patch(before, copies.TURN, "y", memory)
             x = kernel.Matrix(0, 0, wide, width * wide)
         if key.layout == "columns":
             y = kernel.Matrix(0, key.y_image, key.y_row)
             columns = key.columns
         else:
             y, columns = kernel.Matrix(0, 0, wide, height * wide), tiles * lanes if key.layout == "tokens" else key.columns
-            after += layout.unpack_tokens(target, 0, key.columns, height, 0, key.y_row // 4, lanes)
-            patch(after, layout.TURN, "x", memory + 1)
-            patch(after, layout.TURN, "y", 1)
+            after += copies.unpack_tokens(target, 0, key.columns, height, 0, key.y_row // 4, lanes)
+            patch(after, copies.TURN, "x", memory + 1)
+            patch(after, copies.TURN, "y", 1)
         rooms = kernel.Rooms(0, way.room, free, width, way.tiling.part) if way.staged else None
         product: list[launch.Call] = []
         for number, section in enumerate(self.sections):

@@ -26,13 +26,11 @@ from openwork.runtime.formats import _common as common
 from openwork.runtime.kernels import arrange
 from openwork.runtime.kernels.activations import ACTS, Act
 from openwork.runtime.kernels.target import Target, host
-from openwork.runtime.product import LINE, Key, Product
+from openwork.runtime.product import LINE, Asked, Product
 from openwork.runtime.timing import interleave, timed
 from openwork.runtime.tuning import Tiling
 
 BLOCKS = (1, 2, 4, 8, 16)
-HELD = 2 * 2**20
-"""Bytes of panels, a thread, that `spmm_tokens` fills before it starts over: about the second cache."""
 FEW = 4
 """Tilings that are measured against one another in turn, after a first look at all."""
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -143,7 +141,10 @@ def pack_spmm(weight: Tensor, bias: Tensor | None = None, block: int | Literal["
         return PackedSpMM((empty,), kept, (height, width), 1)
     dense = weight.detach().contiguous().numpy()
     rows = arrange.choose_block(dense) if block == "auto" else int(block)
-    return PackedSpMM(arrange.sections(dense, rows), kept, (height, width), rows)
+    sections = arrange.sections(dense, rows)
+    if sum(len(section.columns) for section in sections) >= 2**31:
+        raise ModelError("2**31 or more blocks are too many for 32-bit indices: keep this layer dense")
+    return PackedSpMM(sections, kept, (height, width), rows)
 
 
 def unpack_spmm(packed: PackedSpMM) -> tuple[Tensor, Tensor | None]:
@@ -173,13 +174,22 @@ def spmm_chw(
         out: where to write, (out, columns) or (images, out, columns); must not overlap x.
         clamp: low and high: y becomes max(min(y, high), low), a NaN stays. Instead of `act`.
         act: what follows the sum, of `kernels.activations.ACTS`.
-        added: a tensor of y's shape that is added before `act`, with columns side by side; it may be `out` itself.
+        added: a tensor of y's shape that is added before `act`, with columns side by side; must not overlap out.
         threads: at most; None is torch's number, one where the product is small.
         tiling: how to go over the matrices; None takes what was measured (`tune`), else the default for the sizes.
 
     Raises:
         ModelError: if x, out or added does not fit.
     """
+    target, product, place = host(), packed._product, x.data_ptr()
+    lies = None if out is None else (out.shape, out.stride(), out.dtype, out.is_cpu)
+    clamp = None if clamp is None else (clamp[0], clamp[1])
+    asked = (*_lies(x, target), lies, act, clamp, threads, tiling)
+    known = product.seen.get(asked) if added is None else None
+    if known is not None:
+        out = _checked(out, x) if out is not None else torch.empty(known[1], dtype=torch.float32)
+        product.run(known[0], place, out.data_ptr())
+        return out
     width, columns = packed.shape[1], x.shape[-1] if x.ndim else 0
     if x.ndim not in (2, 3) or x.shape[-2] != width or x.dtype != torch.float32 or x.device.type != "cpu":
         raise ModelError(
@@ -188,21 +198,22 @@ def spmm_chw(
         )
     if x.stride(-1) != 1 and columns > 1:
         x = x.detach().contiguous()
-    shape = (*x.shape[:-2], packed.shape[0], columns)
-    if out is None:
-        out = torch.empty(shape, dtype=torch.float32)
-    else:
-        _check_out(out, shape, x)
+    shape = torch.Size((*x.shape[:-2], packed.shape[0], columns))
+    for tensor, what in ((out, "write"), (added, "add")):
+        if tensor is not None:
+            _check_lies(tensor, shape, what)
+    out = _checked(out, x) if out is not None else torch.empty(shape, dtype=torch.float32)
     if added is not None:
-        _check_lies(added, shape, "add")
+        _checked(out, added)
     act = _act(act, clamp)
     if out.numel() == 0:
         return out
-    target = host()
     if target is None:
         return _fallback(packed, x, out, act, clamp, added)
-    key = _columns_key(packed, x, out, target, threads, tiling, act, clamp, added)
-    packed._product.run(key, x.data_ptr(), out.data_ptr(), 0 if added is None else added.data_ptr())
+    plan = product.plan(product.columns_key(x, out, added, Asked(target, act, clamp, threads, tiling)))
+    if added is None and x.data_ptr() == place:
+        product.seen[asked] = plan, shape
+    product.run(plan, x.data_ptr(), out.data_ptr(), 0 if added is None else added.data_ptr())
     return out
 
 
@@ -220,25 +231,32 @@ def spmm_tokens(
     Raises:
         ModelError: if x does not fit.
     """
+    target, product, place = host(), packed._product, x.data_ptr()
+    clamp = None if clamp is None else (clamp[0], clamp[1])
+    asked = ("tokens", *_lies(x, target), act, clamp, threads, tiling)
+    known = product.seen.get(asked)
+    if known is not None:
+        out = torch.empty(known[1], dtype=torch.float32)
+        product.run(known[0], place, out.data_ptr())
+        return out
     height, width = packed.shape
     common.check_input(x, width, torch.float32)
     act = _act(act, clamp)
     flat = x if x.ndim == 2 else x.detach().reshape(x.shape[:-1].numel(), width)
     count = flat.shape[0]
-    out = torch.empty((count, height), dtype=torch.float32)
-    target = host()
+    out = torch.empty((*x.shape[:-1], height), dtype=torch.float32)
     if target is None or out.numel() == 0:
-        y = _fallback(packed, flat.t(), out.t(), act, clamp, None).t() if out.numel() else out
-        return y.reshape(*x.shape[:-1], height)
-    flat, key = _tokens_key(packed, flat, target, threads, tiling, act, clamp)
-    if key.columns == count:
-        packed._product.run(key, flat.data_ptr(), out.data_ptr())
-    else:
-        ahead = 4 if key.layout == "turned" else key.x_row
-        for first in range(0, count, key.columns):
-            some = key._replace(columns=min(key.columns, count - first))
-            packed._product.run(some, flat.data_ptr() + first * ahead, out.data_ptr() + 4 * first * height)
-    return out if x.ndim == 2 else out.reshape(*x.shape[:-1], height)
+        if out.numel():
+            _fallback(packed, flat.t(), out.view(count, height).t(), act, clamp, None)
+        return out
+    flat, key = product.tokens_key(flat, Asked(target, act, clamp, threads, tiling))
+    if key.columns == count and flat.data_ptr() == place:
+        product.seen[asked] = product.plan(key), out.shape
+    ahead = 4 if key.layout == "turned" else key.x_row
+    for first in range(0, count, key.columns):
+        some = product.plan(key._replace(columns=min(key.columns, count - first)))
+        product.run(some, flat.data_ptr() + first * ahead, out.data_ptr() + 4 * first * height)
+    return out
 
 
 def tune(
@@ -263,10 +281,10 @@ def tune(
         return None
     x = x.detach()
     if tokens:
-        _, key = _tokens_key(packed, x.reshape(x.shape[:-1].numel(), x.shape[-1]), target, threads, None, "none", None)
+        _, key = product.tokens_key(x.reshape(x.shape[:-1].numel(), x.shape[-1]), Asked(target, threads=threads))
     else:
         out = x.new_empty((*x.shape[:-2], packed.shape[0], x.shape[-1]))
-        key = _columns_key(packed, x, out, target, threads, None, "none", None, None)
+        key = product.columns_key(x, out, None, Asked(target, threads=threads))
     known = tuning.recall(product.kept_under(key))
     if known is not None and not again:
         return known
@@ -289,53 +307,6 @@ def tune(
     return best
 
 
-def _columns_key(
-    packed: PackedSpMM, x: Tensor, out: Tensor, target: Target, threads: int | None, tiling: Tiling | None, act: Act,
-    limits: tuple[float, float] | None, added: Tensor | None,
-) -> Key:  # fmt: skip
-    many = x.ndim == 3
-    images, columns = x.shape[0] if many else 1, x.shape[-1]
-    return Key(
-        target.name,
-        "columns",
-        images,
-        columns,
-        4 * x.stride(0) if many else 0,
-        4 * x.stride(-2),
-        4 * out.stride(0) if many else 0,
-        4 * out.stride(-2),
-        x.data_ptr() % LINE == 0,
-        act,
-        limits,
-        0 if added is None else 4 * added.stride(-2),
-        0 if added is None or not many else 4 * added.stride(0),
-        threads or packed._product.threads(images * columns, target),
-        tiling,
-    )
-
-
-def _tokens_key(
-    packed: PackedSpMM, x: Tensor, target: Target, threads: int | None, tiling: Tiling | None, act: Act,
-    limits: tuple[float, float] | None,
-) -> tuple[Tensor, Key]:  # fmt: skip
-    """Return x (tokens, in) as it is read, and the key of the first tokens of it: all, if they are not too many."""
-    (height, width), (count, _), (token, feature) = packed.shape, x.shape, x.stride()
-    threads = threads or packed._product.threads(count, target)
-    held = max(1, HELD * threads // (256 * (height + width))) * 64
-    if feature >= count > 1 == token and width > 1:
-        aligned = x.data_ptr() % LINE == 0
-        return x, Key(
-            target.name, "turned", 1, min(count, held), 0, 4 * feature, 0, 4 * height, aligned, act, limits, 0, 0, threads,
-            tiling,
-        )  # fmt: skip
-    if feature != 1 and width > 1:
-        x = x.detach().contiguous()
-    return x, Key(
-        target.name, "tokens", 1, min(count, held), 0, 4 * x.stride(0), 0, 4 * height, False, act, limits, 0, 0, threads,
-        tiling,
-    )  # fmt: skip
-
-
 def _act(act: Act, clamp: tuple[float, float] | None) -> Act:
     """Return what follows the sum, `clamp` where it has bounds.
 
@@ -349,18 +320,24 @@ def _act(act: Act, clamp: tuple[float, float] | None) -> Act:
     return act
 
 
-def _check_out(out: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
-    """Refuse an output that cannot be written row by row, or overlaps x.
+def _lies(x: Tensor, target: Target | None) -> tuple[object, ...]:
+    """Return what the plan of a product depends on besides what is asked for."""
+    name = None if target is None else target.name
+    return x.shape, x.stride(), x.dtype, x.is_cpu, x.data_ptr() % LINE == 0, name, torch.get_num_threads()
+
+
+def _checked(out: Tensor, x: Tensor) -> Tensor:
+    """Return an output that does not overlap x (or what is added to it).
 
     Raises:
-        ModelError: says how it lies.
+        ModelError: if it does.
     """
-    _check_lies(out, shape, "write")
     if out.numel() and x.numel() and _end(out) > x.data_ptr() and _end(x) > out.data_ptr():
-        raise ModelError("out overlaps x, which is read while out is written: give another out")
+        raise ModelError("out overlaps x or added, which is read while out is written: give another out")
+    return out
 
 
-def _check_lies(y: Tensor, shape: tuple[int, ...], what: str) -> None:
+def _check_lies(y: Tensor, shape: torch.Size, what: str) -> None:
     """Refuse a tensor that is not of this shape, or has columns apart or rows over one another.
 
     Raises:
@@ -370,7 +347,7 @@ def _check_lies(y: Tensor, shape: tuple[int, ...], what: str) -> None:
     if not fits or ((y.stride(-1) != 1 or y.stride(-2) < shape[-1]) and shape[-1] > 1 and y.numel()):
         raise ModelError(
             f"cannot {what} a tensor of shape {tuple(y.shape)}, {y.dtype} with strides {y.stride()} for a product of shape "
-            f"{shape}: give torch.float32 with columns side by side"
+            f"{tuple(shape)}: give torch.float32 with columns side by side"
         )
 
 

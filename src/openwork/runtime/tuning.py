@@ -129,10 +129,8 @@ def _tiling(
     vectors = -(-total // -(-total // most))
     slice_bytes = 4 * vectors * target.lanes
     room, apart = first_cache() / slice_bytes, width * groups / max(1, entries)  # rows of x from an entry to the next
-    if rows == 1:
-        part = max(0.6 * room, min(18 * apart, room), 9 * apart)
-    else:
-        part = max(room, (24 if rows == 2 else 100) * apart)
+    single = max(0.6 * room, min(18 * apart, room), 9 * apart)
+    part = single if rows == 1 else max(room, (24 if rows == 2 else 100) * apart)
     part = min(part * reach, max(first_cache(), SUMS) / slice_bytes)
     parts = max(1, round(width / max(1.0, part)))
     units = images * -(-total // vectors)

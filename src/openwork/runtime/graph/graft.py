@@ -111,15 +111,13 @@ def _positional(model: nn.Module, example: Any) -> tuple[Any, ...] | None:
 def _calls(model: nn.Module, example: Any) -> dict[nn.Module, tuple[Any, ...]]:
     """Return the positional arguments of the first call of every module that gets no others."""
     seen: dict[nn.Module, tuple[Any, ...]] = {}
-    handles = []
 
     def look(module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         if not keywords:
             seen.setdefault(module, inputs)
 
-    for module in model.modules():
-        if any(isinstance(one, nn.Conv2d) for one in module.modules()):
-            handles.append(module.register_forward_pre_hook(look, with_kwargs=True))
+    holders = [module for module in model.modules() if any(isinstance(one, nn.Conv2d) for one in module.modules())]
+    handles = [module.register_forward_pre_hook(look, with_kwargs=True) for module in holders]
     try:
         with torch.no_grad():
             run(model, example)

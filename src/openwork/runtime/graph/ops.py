@@ -200,10 +200,11 @@ class Conv:
 
     def blocks(self) -> list[int]:
         """Return the numbers of rows a group may have that are worth a look, the most promising first."""
-        costs = {}
-        for block, cost in COSTS.items():
-            if block <= len(self.bias):
-                costs[block] = sum(len(one.columns) * COSTS[one.rows] for one in self.sections(block))
+        costs = {
+            block: sum(len(one.columns) * COSTS[one.rows] for one in self.sections(block))
+            for block in COSTS
+            if block <= len(self.bias)
+        }
         best = min(costs.values(), default=0.0)
         return sorted((block for block, cost in costs.items() if cost <= 1.5 * best), key=lambda block: costs[block])
 
@@ -315,6 +316,7 @@ class Depthwise:
         """Return one stage."""
         calls = depthwise.calls(
             s.target, ins[0], out, s.held(self.weight), s.held(self.bias), kernel=self.geometry.kernel[0],
-            stride=self.geometry.stride[0], padding=self.geometry.padding[0], act=self.tail.act, limits=s.held(self.tail.limits),
+            stride=self.geometry.stride[0], padding=self.geometry.padding[0], act=self.tail.act,
+            limits=s.held(self.tail.limits),
         )  # fmt: skip
         return [calls]

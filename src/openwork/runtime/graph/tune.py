@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -55,7 +55,7 @@ def tune(made: Plot, target: Target, threads: int, *, seconds: float = 0.15) -> 
     keep: list[Any] = []
     found: dict[Any, Way] = {}
     alike: dict[Any, Way] = {}
-    for n, op, ins, out, scratch in _placed(made, keep):
+    for _, op, ins, out, scratch in _placed(made, keep):
         if not isinstance(op, Conv):
             continue
         kind = (

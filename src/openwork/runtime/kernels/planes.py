@@ -73,7 +73,7 @@ class Planes:
         return self.border
 
     def kept(self) -> npt.NDArray[np.int32]:
-        """Return int32 (columns rounded up to a cache line): 1 where a column is a pixel, 0 in the gaps and after the end."""
+        """Return int32 words for the columns, rounded up to a cache line: 1 for a pixel, 0 in the gaps and after the end."""
         return _kept(self.height, self.width, self.pad)
 
 

@@ -7,7 +7,9 @@ convolutions, linear layers) and pixels of a padded plane (k x k convolutions).
 
 The non-zeros come in parts (runs of input rows whose slice of the tile fits the first cache); between parts a group's
 sums wait in Y, so the order of summation, and with it every bit of the result, is the same for all tiles and parts.
-Within a chunk groups go by their number of non-zeros: a loop that is as long as the one before is well predicted.
+Within a chunk groups go by their number of non-zeros: a loop that is as long as the one before is well predicted. Where
+registers allow, two or three groups go side by side, so that no multiply-add waits for the one before it; each group's own
+order stays what it is.
 
 Rows of X that do not start on a cache line cost two lines a vector, and rows a power of two apart fall on the same lines
 of the cache. Then a unit is staged: before each part it copies the part's slice of the tile into a room of its own, and
