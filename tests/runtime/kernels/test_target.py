@@ -13,9 +13,11 @@ from openwork.runtime.kernels.target import VARIABLE, Target, host, targets
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Any:
     target._targets.cache_clear()
+    target._chosen.cache_clear()
     yield monkeypatch
     monkeypatch.undo()
     target._targets.cache_clear()
+    target._chosen.cache_clear()
 
 
 def test_targets_go_from_the_fastest_to_the_slowest() -> None:
