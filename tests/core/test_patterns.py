@@ -89,6 +89,45 @@ def test_a_kernel_group_shares_its_pattern():
     assert rows[2:, 1].all()
 
 
+GROUPS = st.builds(
+    KernelGroup, st.integers(1, 6), st.sampled_from(["kernel", "point"]), st.sampled_from(["layer", "row"])
+)  # fmt: skip
+
+
+@given(GROUPS, st.integers(1, 13), st.integers(1, 4), st.sampled_from([(), (1, 1), (2, 3)]), densities, seeds)
+@thorough
+def test_leftover_channels_are_a_smaller_group_that_competes_by_its_mean(pattern, out, inputs, kernel, density, seed):
+    shape = torch.Size([out, inputs, *kernel])
+    score = tensor(shape, seed, torch.float64, levels=None)
+    groups = [range(start, min(start + pattern.out, out)) for start in range(0, out, pattern.out)]
+    columns = score.reshape(out, inputs, -1).sum(2) if pattern.unit == "kernel" else score.reshape(out, -1)
+    means = torch.stack([columns[list(group)].mean(0) for group in groups])
+    assert torch.allclose(pattern.tiles(score).reshape(len(groups), -1), means * pattern.out, rtol=1e-12)
+
+    mask = pattern.select(score, density)
+    pattern.check(mask)
+    kept = mask.reshape(out, inputs, -1).all(2) if pattern.unit == "kernel" else mask.reshape(out, -1)
+    rows = torch.stack([kept[list(group)].all(0) for group in groups])
+    assert all(torch.equal(kept[list(group)].any(0), row) for group, row in zip(groups, rows, strict=True))
+    if pattern.balance == "row":
+        assert rows.sum(1).tolist() == [count_of(density, rows.shape[1])] * len(groups)
+    else:
+        assert int(rows.sum()) == count_of(density, rows.numel())
+    sizes = pattern.sizes(shape)
+    assert sizes.shape == pattern.tiles(score).shape
+    assert int(sizes.sum()) == score.numel()
+    assert int((sizes.reshape(rows.shape) * rows).sum()) == int(mask.sum())
+
+
+def test_leftover_channels_are_not_cut_off():
+    score = torch.ones(9, 6)
+    score[8] = 1.5
+    mask = KernelGroup(8).select(score, 0.5)
+    assert mask[8].all()  # by plain sums, 1.5 a unit against 8, they would all go
+    assert not mask[:8].any()
+    assert KernelGroup(8).select(torch.ones(3, 4), 0.5).tolist() == [[True, True, False, False]] * 3
+
+
 def test_channels_and_layers():
     score = torch.tensor([[1.0, 5.0], [2.0, 2.0], [0.0, 9.0]])
     assert Channel(0).select(score, 2 / 3).tolist() == [[True, True], [False, False], [True, True]]
@@ -124,7 +163,8 @@ def test_masks_kept_in_part_are_refused(case, seed):
 
 UNDIVIDED = [
     (NM(2, 4), (8, 6)), (NM(2, 4), (8,)), (Block(4), (6, 6)), (Block(1, 4), (4, 6)), (Block(1), (4,)),
-    (KernelGroup(4), (6, 4, 3, 3)), (Channel(1), (4,)), (Block(2), (0, 4)),
+    (KernelGroup(4), (4,)), (KernelGroup(4), (3,)), (KernelGroup(4), ()), (KernelGroup(4), (0, 4)), (KernelGroup(4), (6, 0)),
+    (Channel(1), (4,)), (Block(2), (0, 4)),
 ]  # fmt: skip
 
 

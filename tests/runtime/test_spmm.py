@@ -145,7 +145,7 @@ def test_every_number_of_columns(target: str, block: int) -> None:
     weight[5] = 0
     weight[16:20] = 0
     packed = pack_spmm(weight, bias, block)
-    for columns in range(1, 71):
+    for columns in range(1, 71) if block == 1 else (1, 3, 4, 7, 8, 15, 16, 17, 31, 32, 33, 49, 63, 64, 65, 70):
         x = normal(23, columns)
         assert right(spmm_chw(packed, x), weight, bias, x)
         y = spmm_tokens(packed, x.t().contiguous())

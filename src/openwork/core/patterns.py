@@ -176,6 +176,10 @@ class Block(Pattern):
 class KernelGroup(Pattern):
     """Groups of `out` consecutive output channels share one pattern over the input side (SparseByteNN).
 
+    Where `out` does not divide the output channels, those left over are a smaller group at the end. Its units count
+    like any other and compete by their mean: their sums are scaled up to `out` channels. By their plain sums they would
+    lose to units of more weights, and the last channels would be cut off.
+
     Attributes:
         out: output channels of a group.
         unit: "kernel" keeps or drops whole kernels (out, kh, kw), "point" each kernel position by itself.
@@ -191,13 +195,29 @@ class KernelGroup(Pattern):
             raise PatternError(f"{self}: needs out >= 1, unit 'kernel' or 'point', balance 'layer' or 'row'")
 
     def tiles(self, score: Tensor) -> Tensor:
-        """Return (1, units), or (groups, units of a group) when balanced by row."""
-        sums = _blocks(score, self.out, self._width(score.shape), str(self)).sum(dim=(1, 3))
-        return sums if self.balance == "row" else sums.reshape(1, -1)
+        """Return (1, units), or (groups, units of a group) when balanced by row; leftover units scaled to `out` channels."""
+        width, name = self._width(score.shape), str(self)
+        left = score.shape[0] % self.out if score.dim() > 1 else 0
+        whole = score if not left else score[: score.shape[0] - left]
+        sums = [_blocks(whole, self.out, width, name).sum(dim=(1, 3))] if whole.numel() or not left else []
+        if left:
+            sums.append(_blocks(score[-left:], left, width, name).sum(dim=(1, 3)) * (self.out / left))
+        units = torch.cat(sums)
+        return units if self.balance == "row" else units.reshape(1, -1)
 
     def untile(self, units: Tensor, shape: torch.Size) -> Tensor:
         """Return every unit repeated over its group of kernels."""
-        return _unblock(units, shape, self.out, self._width(shape))
+        groups = -(-shape[0] // self.out)
+        full = torch.Size([groups * self.out, *shape[1:]])
+        return _unblock(units, full, self.out, self._width(shape))[: shape[0]].contiguous()
+
+    def sizes(self, shape: torch.Size) -> Tensor:
+        """Return how many weights each unit of a weight of `shape` has, int64 in the layout of `tiles`."""
+        groups, width = -(-shape[0] // self.out), self._width(shape)
+        rows = torch.full((groups,), self.out)
+        rows[-1] = shape[0] - self.out * (groups - 1)
+        units = (rows * width).unsqueeze(1).expand(groups, math.prod(shape[1:]) // width)
+        return units.contiguous() if self.balance == "row" else units.reshape(1, -1)
 
     @property
     def balanced(self) -> bool:  # type: ignore[override]

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from openwork.runtime import formats, recurrent
 from openwork.runtime.kernels.activations import Act
-from openwork.runtime.spmm import FUNCTIONS
+from openwork.runtime.spmm import then
 
 Limits = tuple[float, float] | None
 
@@ -273,8 +273,7 @@ def _of_convolution(layer: nn.Conv2d) -> str:
 
 def _then(matmul: Any, act: Act, clamp: Limits, packed: Any, x: Tensor) -> Tensor:
     """Multiply, then apply what follows."""
-    y: Tensor = matmul(packed, x)
-    return y.clamp(*clamp) if clamp is not None else FUNCTIONS[act](y)
+    return then(matmul(packed, x), act, clamp)
 
 
 def _padding(padding: tuple[int, ...] | str, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> list[int]:

@@ -307,6 +307,11 @@ def tune(
     return best
 
 
+def then(y: Tensor, act: Act, clamp: tuple[float, float] | None) -> Tensor:
+    """Return what follows a product, done by torch."""
+    return FUNCTIONS[act](y) if clamp is None else y.clamp(max=clamp[1]).clamp(min=clamp[0])
+
+
 def _act(act: Act, clamp: tuple[float, float] | None) -> Act:
     """Return what follows the sum, `clamp` where it has bounds.
 
@@ -370,7 +375,7 @@ def _fallback(
     else:
         y = torch.zeros(out.shape) if packed.bias is None else packed.bias[:, None].expand(out.shape)
     y = y if added is None else y + added
-    return out.copy_(y.clamp(*clamp) if clamp is not None else FUNCTIONS[act](y))
+    return out.copy_(then(y, act, clamp))
 
 
 def _stream(section: arrange.Section, bias: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

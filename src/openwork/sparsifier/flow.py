@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, fx, nn
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -86,8 +86,10 @@ class Walk:
         causes: modules whose forward cannot be traced, by name, with the cause.
     """
 
+    kind: ClassVar[type[Sets]] = Sets
+
     def __init__(self, model: nn.Module, example: Any = None) -> None:
-        self.sets = Sets()
+        self.sets = self.kind()
         self.producers: dict[str, int] = {}
         self.norms: dict[str, tuple[int, int]] = {}
         self.consumers: dict[str, tuple[int, int]] = {}
@@ -111,9 +113,9 @@ class Walk:
             if node.op == "output":
                 self._block(inputs, "its channels are the output of the network")
             elif node.op == "get_attr":
-                values[node] = self._attribute(traced.root, str(node.target))
+                values[node] = self._attribute(traced.root, node)
             elif node.op == "placeholder":
-                values[node] = None
+                values[node] = self._input(traced.shapes.get(node))
             elif node.op == "call_module":
                 module = traced.root.get_submodule(str(node.target))
                 value = self._module(node, module, inputs, module in traced.opaque)
@@ -228,13 +230,15 @@ class Walk:
             self._block(inputs, outcome.why or f"the operation {_label(node)} mixes them, moves them or is not known")
         return None
 
-    def _attribute(self, root: nn.Module, target: str) -> Value:
+    def _input(self, shape: tuple[int, ...] | None) -> Value:
+        """Take an input of the network: its channels belong to nobody here."""
+        return None
+
+    def _attribute(self, root: nn.Module, node: fx.Node) -> Value:
         """Take a parameter or buffer that the forward uses itself: a single number is harmless."""
-        thing: Any = root
-        for part in target.split("."):
-            thing = getattr(thing, part)
+        thing = attribute(root, str(node.target))
         if isinstance(thing, nn.Parameter):
-            self._foreign.setdefault(id(thing), f"the forward of {type(root).__name__} uses {target!r} by itself")
+            self._foreign.setdefault(id(thing), f"the forward of {type(root).__name__} uses {node.target!r} by itself")
         return PLAIN if isinstance(thing, Tensor) and thing.numel() == 1 and thing.dim() < 2 else None
 
     def _enter(self, module: nn.Module) -> None:
@@ -280,6 +284,14 @@ class Walk:
                 self.sets.block(rows, why)
             if slot is not None and slot.channels is not None:
                 self.sets.block(slot.channels, why)
+
+
+def attribute(root: nn.Module, target: str) -> Any:
+    """Return what `target`, a path with dots, names in `root`."""
+    thing: Any = root
+    for part in target.split("."):
+        thing = getattr(thing, part)
+    return thing
 
 
 def _is_untouched(module: nn.Module) -> bool:

@@ -104,12 +104,12 @@ _SPATIAL_FUNCTIONS: dict[Any, int] = {
     for word in ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "dropout", "lp_pool")
     for function in _functions(f"{word}{rank}d")
 }
-_BINARY = {
+BINARY = {
     operator.add, operator.iadd, operator.sub, operator.isub, operator.mul, operator.imul, operator.truediv,
     operator.itruediv, *_functions("add", "sub", "mul", "div", "maximum", "minimum"),
 }  # fmt: skip
 _DIVISIONS = {operator.truediv, operator.itruediv, torch.div, "div", "div_"}
-_BINARY_METHODS = {"add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_"}
+BINARY_METHODS = {"add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_"}
 _REDUCTIONS = _functions("mean", "sum", "amax", "amin")
 _REDUCTION_METHODS = {"mean", "sum", "amax", "amin"}
 _UNFOLLOWED = Outcome(False)
@@ -140,7 +140,7 @@ def of_function(node: fx.Node, values: Mapping[fx.Node, Value]) -> Outcome:
     if target is operator.getitem:
         return _item(args)
     is_kept = bool(args) and isinstance(args[0], Flow) and inputs.count(PLAIN) + 1 == len(inputs)
-    if target in (_BINARY_METHODS if is_method else _BINARY):
+    if target in (BINARY_METHODS if is_method else BINARY):
         # a removed channel is zero, and nothing may be divided by it
         is_by_flow = target in _DIVISIONS and len(args) == 2 and isinstance(args[1], Flow)
         return _UNFOLLOWED if is_by_flow else _binary(args, inputs)

@@ -11,8 +11,24 @@ from openwork.runtime.kernels import elementwise, pooling
 from openwork.runtime.kernels.planes import Planes
 
 
+class _Pointwise:
+    """What works pixel by pixel: the shape stays, nothing beyond the border is read, no memory of its own is needed."""
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        """Return the shape of the first input."""
+        return shapes[0]
+
+    def reach(self) -> int:
+        """Return how many zeros are read beyond the border: none."""
+        return 0
+
+    def scratch(self, ins: Sequence[Planes], out: Planes) -> list[Planes]:
+        """Return the planes that it needs for itself: none."""
+        return []
+
+
 @dataclass(frozen=True, eq=False)
-class Add:
+class Add(_Pointwise):
     """The sum of two images of one shape, then an activation."""
 
     name: str
@@ -20,25 +36,13 @@ class Add:
     tail: Tail = NOTHING
     rule: Rule = "same"
 
-    def shape(self, shapes: Sequence[Shape]) -> Shape:
-        """Return the shape of the first."""
-        return shapes[0]
-
-    def reach(self) -> int:
-        """Return 0."""
-        return 0
-
-    def scratch(self, ins: Sequence[Planes], out: Planes) -> list[Planes]:
-        """Return nothing."""
-        return []
-
     def stages(self, s: Setting, ins: Sequence[Planes], out: Planes, scratch: Sequence[Planes]) -> list[Stage]:
         """Return one stage."""
         return [elementwise.add(s.target, ins[0], ins[1], out, act=self.tail.act, limits=s.held(self.tail.limits))]
 
 
 @dataclass(frozen=True, eq=False)
-class Activate:
+class Activate(_Pointwise):
     """An activation by itself, after a factor and a shift for each channel where there are any (a batch norm)."""
 
     name: str
@@ -47,18 +51,6 @@ class Activate:
     factor: Floats | None = None
     shift: Floats | None = None
     rule: Rule = "same"
-
-    def shape(self, shapes: Sequence[Shape]) -> Shape:
-        """Return the shape of the input."""
-        return shapes[0]
-
-    def reach(self) -> int:
-        """Return 0."""
-        return 0
-
-    def scratch(self, ins: Sequence[Planes], out: Planes) -> list[Planes]:
-        """Return nothing."""
-        return []
 
     def stages(self, s: Setting, ins: Sequence[Planes], out: Planes, scratch: Sequence[Planes]) -> list[Stage]:
         """Return one stage."""
@@ -70,24 +62,12 @@ class Activate:
 
 
 @dataclass(frozen=True, eq=False)
-class Scale:
+class Scale(_Pointwise):
     """An image times one number a channel: the second input is (batch, channels, 1, 1). Squeeze and excitation."""
 
     name: str
     inputs: tuple[int, ...]
     rule: Rule = "same"
-
-    def shape(self, shapes: Sequence[Shape]) -> Shape:
-        """Return the shape of the first."""
-        return shapes[0]
-
-    def reach(self) -> int:
-        """Return 0."""
-        return 0
-
-    def scratch(self, ins: Sequence[Planes], out: Planes) -> list[Planes]:
-        """Return nothing."""
-        return []
 
     def stages(self, s: Setting, ins: Sequence[Planes], out: Planes, scratch: Sequence[Planes]) -> list[Stage]:
         """Return one stage."""
@@ -95,7 +75,7 @@ class Scale:
 
 
 @dataclass(frozen=True, eq=False)
-class Pool:
+class Pool(_Pointwise):
     """The largest or the mean of a window."""
 
     name: str
@@ -114,10 +94,6 @@ class Pool:
         """Return how many pixels the window reaches beyond the border."""
         return max(self.geometry.padding)
 
-    def scratch(self, ins: Sequence[Planes], out: Planes) -> list[Planes]:
-        """Return nothing."""
-        return []
-
     def stages(self, s: Setting, ins: Sequence[Planes], out: Planes, scratch: Sequence[Planes]) -> list[Stage]:
         """Return one stage."""
         return [
@@ -129,7 +105,7 @@ class Pool:
 
 
 @dataclass(frozen=True, eq=False)
-class Mean:
+class Mean(_Pointwise):
     """The mean over all pixels: (batch, channels, 1, 1)."""
 
     name: str
@@ -139,14 +115,6 @@ class Mean:
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         """Return (batch, channels, 1, 1)."""
         return (*shapes[0][:2], 1, 1)
-
-    def reach(self) -> int:
-        """Return 0."""
-        return 0
-
-    def scratch(self, ins: Sequence[Planes], out: Planes) -> list[Planes]:
-        """Return nothing."""
-        return []
 
     def stages(self, s: Setting, ins: Sequence[Planes], out: Planes, scratch: Sequence[Planes]) -> list[Stage]:
         """Return one stage."""
