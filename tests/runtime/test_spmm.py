@@ -164,7 +164,7 @@ def test_every_number_of_columns(target: str, block: int) -> None:
     strided=st.sampled_from(["whole", "rows", "columns", "aligned"]),
     biased=st.booleans(),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_products_of_any_shape(
     out: int, width: int, columns: int, images: int, density: float, block: Any, name: str, strided: str, biased: bool
 ) -> None:
@@ -201,7 +201,7 @@ def test_results_are_the_same_bit_for_bit_for_all_tilings_and_threads(kernels: s
         assert right(first, weight, bias, x)
         tokens = spmm_tokens(packed, x.transpose(-1, -2).contiguous(), threads=1)
         assert torch.equal(tokens.transpose(-1, -2), first)
-        for vectors, part, chunks in itertools.product((1, 3, 5, 8), (7, 60, 500), (1, 3, 64)):
+        for vectors, part, chunks in itertools.product((1, 3, 5), (7, 60, 500), (1, 3, 64)):
             tiling = Tiling(vectors, part, chunks)
             assert torch.equal(spmm_chw(packed, x, threads=1 + chunks % 3, tiling=tiling), first)
         other = spmm_tokens(packed, x.transpose(-1, -2).contiguous(), threads=2, tiling=Tiling(3, 40, 2))

@@ -81,7 +81,7 @@ class Case:
     chunks=st.integers(1, 5),
     rooms=st.integers(0, 2),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=35, deadline=None)
 def test_products_and_nothing_beyond(
     target: Target, out: int, width: int, columns: int, images: int, density: float, block: int, vectors: int, part: int,
     chunks: int, rooms: int,
@@ -98,12 +98,12 @@ def test_products_and_nothing_beyond(
 def test_one_order_of_summation(target: Target, block: int) -> None:
     case = Case(target, sparse(2, 29, 90, 0.3, block), normal(3, 2, 90, 70), block)
     expected = case.run(1, 90)
-    for vectors, part, chunks, rooms in itertools.product((1, 2, 3, 5, 9), (1, 16, 89), (1, 4), (0, 1, 3)):
+    for vectors, part, chunks, rooms in itertools.product((1, 2, 5), (1, 16, 89), (1, 4), (0, 2)):
         assert np.array_equal(case.run(vectors, part, chunks, rooms=rooms, threads=1 + vectors % 3), expected)
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=ids)
-@pytest.mark.parametrize(("columns", "vectors"), [(5, 1), (48, 3), (48, 2), (70, 3)])
+@pytest.mark.parametrize(("columns", "vectors"), [(5, 1), (48, 2), (70, 3)])
 @pytest.mark.parametrize("rooms", [0, 1])
 def test_what_follows_the_sum(target: Target, columns: int, vectors: int, rooms: int) -> None:
     case = Case(target, sparse(4, 11, 20, 0.5), normal(5, 2, 20, columns), 2)
@@ -117,9 +117,14 @@ def test_what_follows_the_sum(target: Target, columns: int, vectors: int, rooms:
     assert np.array_equal(case.run(vectors, 7, 2, rooms=rooms, added=added), plain + more)
     both = case.run(vectors, 20, rooms=rooms, added=added, act="clamp", limits=limits)
     assert np.array_equal(both, (plain + more).clip(low, high))
-    silu = case.run(vectors, 7, rooms=rooms, act="silu").astype(np.float64)
-    exact = plain.astype(np.float64) / (1 + np.exp(-plain.astype(np.float64)))
-    assert np.allclose(silu, exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=ids)
+def test_curves_may_follow_the_sum(target: Target) -> None:
+    case = Case(target, sparse(4, 11, 20, 0.5), normal(5, 2, 20, 37), 2)
+    plain = case.run(1, 7).astype(np.float64)
+    silu = case.run(1, 7, act="silu").astype(np.float64)
+    assert np.allclose(silu, plain / (1 + np.exp(-plain)), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=ids)

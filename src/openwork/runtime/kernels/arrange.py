@@ -71,7 +71,7 @@ def sections(weight: npt.NDArray[np.float32], block: int) -> tuple[Section, ...]
 
 
 def _section(weight: npt.NDArray[np.float32], first: int, rows: int) -> Section:
-    groups = weight.reshape(-1, rows, weight.shape[1])
+    groups = weight.reshape(len(weight) // rows, rows, weight.shape[1])
     kept = (groups != 0).any(axis=1)
     group, column = np.nonzero(kept)
     starts = np.concatenate(([0], np.cumsum(kept.sum(axis=1, dtype=np.int64))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -18,6 +19,8 @@ _LOCK = threading.RLock()
 _ADDRESSES: dict[tuple[str, str], int] = {}
 _ENGINES: list[Any] = []
 _MAGIC = b"openwork-kernel-1\n"
+_OBJECTS = (b"\x7fELF", b"\xcf\xfa\xed\xfe", b"\x64\x86", b"\x64\xaa")
+"""How object files of ELF, Mach-O and COFF begin; LLVM does not survive another file."""
 
 
 def address(name: str, target: Target, build: Callable[[], str]) -> int:
@@ -61,10 +64,8 @@ def _load(name: str, target: Target, text: str) -> int:
     place = folder() / f"{name[:80]}-{key[:24]}.o"
     code = _read(place, key)
     if code is not None:
-        try:
+        with contextlib.suppress(ModelError):  # whole by its digest, yet not to be linked: compile it again
             return _link(name, code, target)
-        except ModelError:
-            pass  # whole by its digest, yet not to be linked: compile it again
     code = _compile(text, machine, llvm)
     _write(place, key, code)
     return _link(name, code, target)
@@ -125,7 +126,8 @@ def _read(place: Path, key: str) -> bytes | None:
     except OSError:
         return None
     head, code = raw[: len(_MAGIC) + 128], raw[len(_MAGIC) + 128 :]
-    return code if head == _MAGIC + key.encode() + hashlib.sha256(code).hexdigest().encode() else None
+    whole = head == _MAGIC + key.encode() + hashlib.sha256(code).hexdigest().encode()
+    return code if whole and code.startswith(_OBJECTS) else None
 
 
 def _write(place: Path, key: str, code: bytes) -> None:

@@ -1,8 +1,9 @@
 """Running kernels: a program is a list of stages, its worker is native code that any number of threads may join.
 
 A thread takes the next unit of the stage (an atomic counter) until none is left, then waits until the units are done,
-not until the other threads are: a thread that the system has put aside and that holds no unit delays nobody.
-The threads are torch's own OpenMP pool where its runtime is found (GNU or LLVM), plain Python threads elsewhere.
+not until the other threads are: between stages, a thread that the system has put aside and that holds no unit delays nobody.
+The threads are torch's own OpenMP pool where its runtime is found (GNU or LLVM), so nothing is oversubscribed; that pool
+waits for all its threads once, at the end of a run. Elsewhere they are plain Python threads.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Methods whose sparsity is made for the kernels that run it."""

@@ -1,0 +1,1 @@
+"""Studies of methods whose sparsity is made for the kernels that run it."""
