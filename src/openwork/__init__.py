@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from openwork import registry
 
 if TYPE_CHECKING:
+    from openwork import nn
     from openwork.core.masks import Masks
     from openwork.core.patterns import NM, Block, Channel, KernelGroup, Layer, Unstructured
     from openwork.runtime.plan import accelerate
@@ -49,12 +50,15 @@ __all__ = [
     "accelerate",
     "load",
     "load_state",
+    "nn",
     "save",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     """Return a public name from its home, or a method's class from the folder of methods."""
+    if name == "nn":
+        return importlib.import_module("openwork.nn")
     home = _HOMES.get(name) or registry.home_of(name)
     if home is None:
         raise AttributeError(f"module 'openwork' has no attribute {name!r}")

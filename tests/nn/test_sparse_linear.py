@@ -5,6 +5,8 @@ import io
 import itertools
 import math
 import pickle
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Iterator
 from typing import Any
@@ -480,3 +482,9 @@ def test_double_precision_and_moves_between_dtypes_work() -> None:
     single = layer.float()(x)
     assert torch.allclose(single.double(), exact, rtol=1e-5, atol=1e-5)
     assert torch.autograd.gradcheck(layer.double(), (x.double().requires_grad_(),))
+
+
+def test_the_layer_is_found_from_the_package() -> None:
+    code = "import openwork, sys; assert 'torch' not in sys.modules; print(openwork.nn.SparseLinear.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "SparseLinear"

@@ -171,12 +171,13 @@ def test_conv1d_of_transformers(format: str) -> None:
 @pytest.mark.parametrize("layer", [nn.Linear(24, 10), nn.Conv2d(6, 10, 2)], ids=["linear", "conv"])
 def test_what_follows_is_applied(layer: Any, format: str) -> None:
     layer = thinned(layer, 0.5)
-    x = torch.randn(3, 24, generator=generator(0, "x")) if isinstance(layer, nn.Linear) else torch.randn(2, 6, 5, 4)
+    shape = (3, 24) if isinstance(layer, nn.Linear) else (2, 6, 5, 4)
+    x = torch.randn(shape, generator=generator(0, "x"))
     plain = pack(layer, format)(x)
     assert torch.equal(pack(layer, format, clamp=(0.0, 1.0))(x), plain.clamp(0, 1))
     for act, function in {"silu": functional.silu, "gelu": functional.gelu, "tanh": torch.tanh}.items():
         twin = pack(layer, format, act)  # type: ignore[arg-type]
-        assert torch.allclose(twin(x), function(plain), rtol=1e-6, atol=1e-6)  # type: ignore[operator]
+        assert torch.allclose(twin(x), function(plain), rtol=1e-5, atol=3e-6)  # type: ignore[operator]
         assert torch.equal(pickle.loads(pickle.dumps(twin))(x), twin(x))
         assert act in repr(twin)
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openwork.core.patterns import NM, Block, Channel, Unstructured
+from openwork.core.patterns import NM, Block, Channel, KernelGroup, Unstructured
 from openwork.core.select import count_of
 from openwork.errors import MaskError
 from openwork.sparsifier.prune_grow import keep, prune_and_grow, shrink, tighten
@@ -176,3 +176,18 @@ def test_scores_that_cannot_be_ranked_are_refused(bad):
         prune_and_grow(mask, torch.ones(4), torch.tensor([1.0, 2.0, bad, bad]), 0.4)
     with pytest.raises(MaskError):
         tighten(mask, score, 0.25, Unstructured())
+
+
+@given(st.integers(1, 19), st.integers(1, 19), st.integers(2, 8), densities, seeds)
+@quick
+def test_a_smaller_last_group_counts_what_it_has(one, two, group, density, seed):
+    pattern = KernelGroup(group)
+    shapes = {"a": (one, 6), "b": (two, 5)}
+    scores = {name: tensor(shape, seed + i).abs() for i, (name, shape) in enumerate(shapes.items())}
+    masks = {name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()}
+    left = shrink(masks, scores, density, pattern)
+    for mask in left.values():
+        pattern.check(mask)
+    kept = sum(int(mask.sum()) for mask in left.values())
+    goal = count_of(density, sum(mask.numel() for mask in masks.values()))
+    assert goal - group < kept <= max(goal, 2 * group)

@@ -40,6 +40,11 @@ class Pattern(ABC):
     def untile(self, units: Tensor, shape: torch.Size) -> Tensor:
         """Return the bool mask of `shape` that the bool `units` (competitions, units) stand for."""
 
+    def sizes(self, shape: torch.Size) -> Tensor:
+        """Return how many weights each unit of a weight of `shape` has, int64 in the layout of `tiles`."""
+        units = self.tiles(torch.empty(shape, device="meta")).shape
+        return torch.full(units, math.prod(shape) // max(1, math.prod(units)))
+
     def quota(self, density: float, width: int) -> int:
         """Return how many of a competition's `width` units stay at `density`."""
         return count_of(density, width)

@@ -50,10 +50,11 @@ def shrink(masks: Mapping[str, Tensor], scores: Mapping[str, Tensor], density: f
     goal = count_of(density, sum(mask.numel() for mask in masks.values()))
     tiles = {name: pattern.tiles(scores[name]) for name in masks}
     active = {name: pattern.tiles(mask.to(scores[name].dtype)) > 0 for name, mask in masks.items()}
-    sizes = [masks[name].numel() // tile.numel() for name, tile in tiles.items()]
-    flat = torch.cat([(tiles[n].double() / s).reshape(-1) for n, s in zip(tiles, sizes, strict=True)])
+    sizes = {name: pattern.sizes(masks[name].shape) for name in tiles}
+    # smaller units, of leftover channels, come scaled up to the largest
+    flat = torch.cat([(tiles[name].double() / int(size.max())).reshape(-1) for name, size in sizes.items()])
     on = torch.cat([active[name].reshape(-1) for name in tiles])
-    weights = torch.cat([torch.full((tiles[n].numel(),), s) for n, s in zip(tiles, sizes, strict=True)]).to(flat.device)
+    weights = torch.cat([size.reshape(-1) for size in sizes.values()]).to(flat.device)
     chosen = _within(flat, on, weights, _best_of_each(list(active.values()), flat), goal)
     parts = torch.split(chosen, [tile.numel() for tile in tiles.values()])
     return {

@@ -25,7 +25,7 @@ from openwork.sparsifier.sparsifier import Sparsifier
 from openwork.testing import sparsifier_checks
 from openwork.testing._toys import Loop, network
 
-EVERY = partial(SparseByteNN, criterion="taylor", rearrange="every", group=4)
+EVERY = partial(SparseByteNN, criterion="taylor", rearrange="every", group=4, trials=2)
 
 
 @pytest.mark.parametrize(("name", "check"), sparsifier_checks(SparseByteNN))
@@ -33,7 +33,7 @@ def test_conformance(name, check):
     check()
 
 
-@pytest.mark.parametrize(("name", "check"), sparsifier_checks(EVERY, total_steps=16))
+@pytest.mark.parametrize(("name", "check"), sparsifier_checks(EVERY, total_steps=8))
 def test_conformance_of_first_order_rearranged_at_every_update(name, check):
     check()
 
@@ -74,7 +74,7 @@ SMALL = [(8, 4), (8, 2), (9, 3)]
 @pytest.mark.parametrize(("channels", "group"), SMALL)
 @pytest.mark.parametrize("power", [1, 3])
 def test_the_search_finds_the_optimum_of_small_classes(channels, group, power):
-    hits, single, cases = 0, 0, 20
+    hits, single, cases = 0, 0, 12
     for seed in range(cases):
         layer = rows(seed, (channels, (4, 8, 12)[seed % 3]), group, (0.3, 0.5, 0.7)[seed // 3 % 3], power=power)
         best = search([layer], "exact")
@@ -224,8 +224,7 @@ def saliency_kept(model: nn.Module, pattern: Any, density: float, names: list[st
     return sum(float(score[pattern.select(score, density)].sum()) for score in scores.values())
 
 
-@pytest.mark.parametrize("name", ["mobilenet-v1", "mobilenet-v2", "resnet8"])
-@pytest.mark.parametrize("group", [4, 8])
+@pytest.mark.parametrize(("name", "group"), [("mobilenet-v1", 8), ("mobilenet-v2", 4), ("resnet8", 4)])
 def test_a_rearrangement_keeps_the_outputs_and_more_saliency(name, group):
     model = mobile(name) if "mobile" in name else models.build(name, input_shape=(3, 8, 8), classes=5, seed=0).eval()
     x, before = images(), copy.deepcopy(model.state_dict())
@@ -419,7 +418,7 @@ def train(model: nn.Module, sparsifier: Sparsifier, steps: int, optimizer: torch
 @pytest.mark.parametrize("density", [0.3, 0.7])
 def test_every_layer_keeps_exactly_its_units(balance, density):
     method = SparseByteNN(
-        density, total_steps=6, group=4, spatial_group=3, unit="point", balance=balance, schedule="one-shot", trials=5
+        density, total_steps=6, group=4, spatial_group=3, unit="point", balance=balance, schedule="one-shot", search="sort"
     )
     model = train(models.build("resnet8", input_shape=(3, 8, 8), classes=3, seed=0), method, 6)
     masks = method.finalize()

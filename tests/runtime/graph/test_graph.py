@@ -168,9 +168,7 @@ def test_eight_threads_get_right_answers_and_leave_no_memory_behind() -> None:
     wrong: list[int] = []
 
     def work(i: int) -> None:
-        for _ in range(60):
-            if not torch.equal(fast(batches[i]), expected[i]):
-                wrong.append(i)
+        wrong.extend(i for _ in range(60) if not torch.equal(fast(batches[i]), expected[i]))
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
     for thread in threads:

@@ -171,3 +171,18 @@ def test_processes_may_share_a_cold_cache(cache: Path) -> None:
     assert [one.wait(120) for one in running] == [0, 0]
     assert list(cache.glob("*.o"))
     assert not [one for one in cache.iterdir() if one.suffix != ".o"]
+
+
+def test_two_files_may_not_share_a_kernel_by_its_name() -> None:
+    """A kernel called with the slots of another reads what is not there."""
+    import re
+    from pathlib import Path
+
+    import openwork.runtime.kernels as kernels
+
+    prefixes: dict[str, set[str]] = {}
+    for file in Path(kernels.__path__[0]).glob("*.py"):
+        for word in re.findall(r'name = f"(openwork_[a-z]+)', file.read_text(encoding="utf-8")):
+            prefixes.setdefault(word, set()).add(file.name)
+    assert prefixes
+    assert {word: files for word, files in prefixes.items() if len(files) > 1} == {}

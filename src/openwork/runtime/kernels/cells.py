@@ -51,7 +51,7 @@ def calls(
     """
     blocks = max(1, count // BLOCK)
     words = [*hidden, *input, *state, *before, *after, gate, count, tiles, blocks]
-    name = f"openwork_{cell}_{target.name}"
+    name = f"openwork_cell_{cell}_{target.name}"
     where = jit.address(name, target, functools.partial(_build, name, target, cell))
     return [Call(where, np.array(words, np.int64), tiles * blocks if count else 0)]
 

@@ -122,7 +122,7 @@ def _calls(target: Target, kind: Kind, source: Planes, out: Planes, act: Act, li
     if masked:
         bits = np.packbits(source.kept().astype(bool), bitorder="little")
         slots = np.concatenate((slots, np.resize(bits, -(-len(bits) // 8) * 8).view(np.int64)))
-    name = f"openwork_{kind}_{act}{'_m' if masked else ''}_{target.name}"
+    name = f"openwork_elementwise_{kind}_{act}{'_m' if masked else ''}_{target.name}"
     where = jit.address(name, target, functools.partial(_build, name, target, kind, act, masked))
     return [Call(where, slots, -(-planes // per) * runs)]
 

@@ -16,9 +16,9 @@ from openwork.errors import ModelError, OpenworkError
 from openwork.runtime.kernels.target import Target
 
 _LOCK = threading.RLock()
-_ADDRESSES: dict[tuple[str, str], int] = {}
+_ADDRESSES: dict[tuple[str, str, str], int] = {}
 _ENGINES: list[Any] = []
-_MAGIC = b"openwork-kernel-1\n"
+_MAGIC = b"openwork-kernel-2\n"
 _OBJECTS = (b"\x7fELF", b"\xcf\xfa\xed\xfe", b"\x64\x86", b"\x64\xaa")
 """How object files of ELF, Mach-O and COFF begin; LLVM does not survive another file."""
 
@@ -38,7 +38,7 @@ def address(name: str, target: Target, build: Callable[[], str]) -> int:
     Raises:
         ModelError: if there is no LLVM on this machine, or it refuses the text.
     """
-    key = (name, target.name)
+    key = (name, target.name, str(getattr(getattr(build, "func", build), "__module__", "")))  # a name is one file's own
     found = _ADDRESSES.get(key)
     if found is not None:
         return found
@@ -60,7 +60,7 @@ def folder() -> Path:
 def _load(name: str, target: Target, text: str) -> int:
     machine, llvm = _machine(target)
     version = ".".join(map(str, llvm.llvm_version_info))
-    key = hashlib.sha256("\n".join((text, target.cpu, target.features, version)).encode()).hexdigest()
+    key = hashlib.sha256("\n".join((text, target.cpu, target.features, version, "static large")).encode()).hexdigest()
     place = folder() / f"{name[:80]}-{key[:24]}.o"
     code = _read(place, key)
     if code is not None:
@@ -115,7 +115,7 @@ def _machine(target: Target) -> tuple[Any, Any]:
 def _new_machine(target: Target, llvm: Any) -> Any:
     triple = llvm.Target.from_triple(llvm.get_process_triple())
     return triple.create_target_machine(
-        cpu=target.cpu, features=target.features, opt=3, reloc="pic", codemodel="jitdefault", jit=True
+        cpu=target.cpu, features=target.features, opt=3, reloc="static", codemodel="large", jit=True
     )
 
 

@@ -185,7 +185,7 @@ def _rows(target: Target, source: Images, out: Images, stride: int, fill: int, g
         "whole": min(source.width // stride, out.width), "rows": out.height, "columns": out.width, "fill": fill,
         "channels": channels, "per": per, "blocks": blocks, "run": run, "runs": runs,
     }  # fmt: skip
-    name = f"openwork_rows_s{stride}_g{group}_{target.name}"
+    name = f"openwork_layout_rows_s{stride}_g{group}_{target.name}"
     where = jit.address(name, target, functools.partial(_build_rows, name, target, stride, group))
     return [Call(where, np.array([values[word] for word in ROWS], np.int64), source.batch * blocks * runs)]
 
@@ -215,7 +215,7 @@ def _blocks(target: Target, source: Images, out: Images, stride: int, fill: int)
 
 def _turn(target: Target, values: dict[str, int], images: int, *, single: bool) -> list[Call]:
     values = {"height": values["rows"], "stride": 1, "cuts": 1, "cuts_j": 1} | values
-    name = f"openwork_turn{'_single' if single else ''}_{target.name}"
+    name = f"openwork_layout_turn{'_single' if single else ''}_{target.name}"
     where = jit.address(name, target, functools.partial(_build_turn, name, target, single))
     units = images * values["rows"] * values["stride"] ** 2 * values["cuts"] * values["cuts_j"]
     if not values["most"] or not values["most_j"]:

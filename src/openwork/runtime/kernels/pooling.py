@@ -82,7 +82,7 @@ def pool(
     slots = np.concatenate((np.array([values[word] for word in WORDS], np.int64), tail.view(np.int64)))
     rows = kernel[0] if kernel[0] <= _UNROLLED else 0
     bordered = kind == "max" and padding[1] > 0
-    name = f"openwork_{kind}_k{rows}x{kernel[1]}_s{stride[1]}{'_b' if bordered else ''}_{target.name}"
+    name = f"openwork_pool_{kind}_k{rows}x{kernel[1]}_s{stride[1]}{'_b' if bordered else ''}_{target.name}"
     where = jit.address(name, target, functools.partial(_build, name, target, kind, rows, kernel[1], stride[1], bordered))
     return [Call(where, slots, -(-planes // per))]
 
@@ -113,7 +113,7 @@ def mean(target: Target, source: Planes, out: Planes | int) -> list[Call]:
     lines = -(-source.columns // LINE)
     pixels = source.height * source.width
     slots = np.array([source.address, 4 * source.plane, address, plane, planes, per, lines, pixels, gap], np.int64)
-    name = f"openwork_plane_mean_{target.name}"
+    name = f"openwork_pool_plane_mean_{target.name}"
     return [Call(jit.address(name, target, functools.partial(_build_mean, name, target)), slots, -(-planes // per))]
 
 
