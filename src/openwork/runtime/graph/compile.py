@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from openwork.runtime.graph.ops import Conv, Op, Setting, Shape, Stage, Way
-from openwork.runtime.graph.simple import Scale
 from openwork.runtime.kernels import layout
 from openwork.runtime.kernels.launch import Program
 from openwork.runtime.kernels.planes import LINE, Planes
@@ -100,12 +99,7 @@ def _layouts(chain: Chain, shapes: Sequence[Shape]) -> list[Planes]:
         least[first] = max(least[first], shapes[first][3] + op.reach())
         if isinstance(op, Conv):
             least[out] = max(least[out], op.least_pitch(shapes[first]))
-        tied = {"same": op.inputs, "pitch": op.inputs, "free": op.inputs[1:]}[op.rule]
-        if isinstance(op, Conv) and op.is_strided:
-            tied = op.inputs[1:]  # the phase planes have the output's pitch, not the input
-        if isinstance(op, Scale):
-            tied = op.inputs[:1]
-        for i in tied:
+        for i in op.tied():
             parent[find(i)] = find(out)
     pitches: dict[int, int] = {}
     for i, pitch in enumerate(least):

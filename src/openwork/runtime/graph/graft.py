@@ -60,7 +60,7 @@ def shapes(model: nn.Module, islands: Iterable[Island], example: Any) -> dict[Is
     """Return the shapes of what every island gets while the example runs: of its last call."""
     seen: dict[Island, tuple[tuple[int, ...], ...]] = {}
 
-    def look(island: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def look(island: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         if isinstance(island, Island):
             seen[island] = tuple(tuple(x.shape) for x in inputs)
 
@@ -117,18 +117,12 @@ def _calls(model: nn.Module, example: Any) -> dict[nn.Module, tuple[Any, ...]]:
             seen.setdefault(module, inputs)
 
     holders = [module for module in model.modules() if any(isinstance(one, nn.Conv2d) for one in module.modules())]
-    handles = [module.register_forward_pre_hook(look, with_kwargs=True) for module in holders]
-    try:
-        with torch.no_grad():
-            run(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    _watched(holders, look, lambda: run(model, example))
     return seen
 
 
 def _watched(modules: Iterable[nn.Module], look: Callable[..., None], call: Callable[[], Any]) -> None:
-    handles = [module.register_forward_pre_hook(look) for module in modules]
+    handles = [module.register_forward_pre_hook(look, with_kwargs=True) for module in modules]
     try:
         with torch.no_grad():
             call()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +18,6 @@ from openwork.runtime.kernels.target import Target, first_cache
 Shape = tuple[int, int, int, int]
 Stage = list[Call]
 Floats = npt.NDArray[np.float32]
-Rule = Literal["same", "pitch", "free"]
-"""How the planes of the output are tied to the inputs': the same layout, the same pitch, or not at all."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +84,8 @@ class Op(Protocol):
     def inputs(self) -> tuple[int, ...]:
         """Numbers of the values that it reads; images all of them."""
 
-    @property
-    def rule(self) -> Rule:
-        """How its layout is tied to that of its inputs."""
+    def tied(self) -> tuple[int, ...]:
+        """Return the inputs whose planes must have the pitch of the output's."""
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         """Return the shape of what it makes of images of these shapes."""
@@ -160,7 +157,6 @@ class Conv:
     geometry: Geometry
     tail: Tail = NOTHING
     layer: str = ""
-    rule: Rule = "pitch"
     cuts: dict[int, Any] = field(default_factory=dict)
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
@@ -172,6 +168,10 @@ class Conv:
     def is_strided(self) -> bool:
         """Whether the input is split into phases first."""
         return self.geometry.stride != (1, 1)
+
+    def tied(self) -> tuple[int, ...]:
+        """Return the input, unless phase planes stand for it, and what is added: they share the flattened columns."""
+        return self.inputs[1:] if self.is_strided else self.inputs
 
     def reach(self) -> int:
         """Return how many zeros are read beyond the border of the input, those of phase planes aside."""
@@ -297,7 +297,10 @@ class Depthwise:
     geometry: Geometry
     tail: Tail = NOTHING
     layer: str = ""
-    rule: Rule = "free"
+
+    def tied(self) -> tuple[int, ...]:
+        """Return nothing: rows are addressed one by one."""
+        return ()
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         """Return (batch, channels, height, width)."""

@@ -6,13 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from openwork.runtime.graph.ops import NOTHING, Floats, Geometry, Rule, Setting, Shape, Stage, Tail
+from openwork.runtime.graph.ops import NOTHING, Floats, Geometry, Setting, Shape, Stage, Tail
 from openwork.runtime.kernels import elementwise, pooling
 from openwork.runtime.kernels.planes import Planes
 
 
 class _Pointwise:
     """What works pixel by pixel: the shape stays, nothing beyond the border is read, no memory of its own is needed."""
+
+    inputs: tuple[int, ...]
+
+    def tied(self) -> tuple[int, ...]:
+        """Return all inputs."""
+        return self.inputs
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         """Return the shape of the first input."""
@@ -34,7 +40,6 @@ class Add(_Pointwise):
     name: str
     inputs: tuple[int, ...]
     tail: Tail = NOTHING
-    rule: Rule = "same"
 
     def stages(self, s: Setting, ins: Sequence[Planes], out: Planes, scratch: Sequence[Planes]) -> list[Stage]:
         """Return one stage."""
@@ -50,7 +55,6 @@ class Activate(_Pointwise):
     tail: Tail = NOTHING
     factor: Floats | None = None
     shift: Floats | None = None
-    rule: Rule = "same"
 
     def stages(self, s: Setting, ins: Sequence[Planes], out: Planes, scratch: Sequence[Planes]) -> list[Stage]:
         """Return one stage."""
@@ -67,7 +71,10 @@ class Scale(_Pointwise):
 
     name: str
     inputs: tuple[int, ...]
-    rule: Rule = "same"
+
+    def tied(self) -> tuple[int, ...]:
+        """Return the image; the numbers are planes of one pixel."""
+        return self.inputs[:1]
 
     def stages(self, s: Setting, ins: Sequence[Planes], out: Planes, scratch: Sequence[Planes]) -> list[Stage]:
         """Return one stage."""
@@ -83,7 +90,10 @@ class Pool(_Pointwise):
     geometry: Geometry
     kind: Literal["max", "mean"] = "max"
     counts_padding: bool = True
-    rule: Rule = "free"
+
+    def tied(self) -> tuple[int, ...]:
+        """Return nothing: rows are addressed one by one."""
+        return ()
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         """Return (batch, channels, height, width)."""
@@ -110,7 +120,10 @@ class Mean(_Pointwise):
 
     name: str
     inputs: tuple[int, ...]
-    rule: Rule = "free"
+
+    def tied(self) -> tuple[int, ...]:
+        """Return nothing: rows are addressed one by one."""
+        return ()
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         """Return (batch, channels, 1, 1)."""
