@@ -113,3 +113,12 @@ def test_threads_are_put_back() -> None:
         with pytest.raises(ModelError, match="threads is"), limited_threads(bad):  # type: ignore[arg-type]
             pass
     assert torch.get_num_threads() == before
+
+
+def test_settled_calls_come_before_each_group_and_do_not_count(clock: Clock) -> None:
+    # two calls to start with; then an untimed call of 9 s before each timed one of 1 s
+    assert interleave({"a": clock.call("a", 1.0, 1.0, 9.0, 1.0, 9.0, 1.0)}, repeats=2, settled=True) == {"a": 1.0}
+    assert len(clock.order) == 2 + 2 * 2
+    clock.order.clear()
+    interleave({"a": clock.call("a", 0.125)}, repeats=3, sample=1.0, settled=True)
+    assert len(clock.order) == 2 + 3 * (1 + 8)

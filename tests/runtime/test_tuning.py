@@ -124,7 +124,7 @@ def test_what_is_kept_is_found_by_this_process_and_the_next(cache: Path, monkeyp
         "[]",
         "null",
         "[" * 100_000,
-        '{"format": 2, "tilings": {"a": [1, 1, 1]}}',
+        '{"format": 99, "tilings": {"a": [1, 1, 1]}}',
         '{"format": 1, "tilings": []}',
         '{"format": 1}',
         '{"format": 1, "tilings": {"a": [0, 1, 1]}}',
@@ -147,14 +147,14 @@ def test_a_file_that_makes_no_sense_is_ignored_and_written_over(
 
 
 def test_good_entries_survive_bad_ones_and_bytes_that_are_no_text(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache.write_text('{"format": 1, "tilings": {"good": [1, 2, 3], "bad": [-1, 2, 3]}}')
+    cache.write_text('{"format": 2, "tilings": {"good": [1, 2, 3], "bad": [-1, 2, 3]}}')
     assert (recall("good"), recall("bad")) == (Tiling(1, 2, 3), None)
     monkeypatch.setattr(tuning, "_KNOWN", {})
     cache.write_bytes(b"\xff\xfe\x00")
     assert recall("good") is None
     monkeypatch.setattr(tuning, "_KNOWN", {})
     monkeypatch.setattr(tuning, "_MOST", 10)
-    cache.write_text('{"format": 1, "tilings": {"good": [1, 2, 3]}}')
+    cache.write_text('{"format": 2, "tilings": {"good": [1, 2, 3]}}')
     assert recall("good") is None
 
 

@@ -20,6 +20,8 @@ from openwork.runtime.timing import interleave, refusal, run
 
 ENCODER = "encoder-base"
 """The name of twelve pre-norm blocks of width 768 with twelve heads, the size of BERT-base, on (batch, tokens, 768)."""
+_STEADY: Any = {"sample": 0.02, "settled": True}
+"""A network is timed as a server runs it, again and again: 20 ms in a row, after a call that is not timed."""
 PARTS = ("1x1", "convolutions", "linear", "all")
 
 
@@ -181,12 +183,12 @@ def measure(
             arms[name], call = prepared(known[name], model, given, exact)
             calls |= {name: call} if call is not None else {}
         say("")
-        times = interleave(calls, seconds=seconds) if calls else {}
+        times = interleave(calls, seconds=seconds, **_STEADY) if calls else {}
         for name in apart:
             say(name)
             arms[name], call = prepared(known[name], model, given, exact)
             if call is not None:
-                times |= interleave({name: call}, seconds=seconds / 4)
+                times |= interleave({name: call}, seconds=seconds / 4, **_STEADY)
     return row(network.key, "network", asdict(network), torch.get_num_threads(), least, arms, times)
 
 

@@ -115,7 +115,7 @@ def glance(name: str, layer: nn.Module, seen: Seen | None) -> tuple[Choice, floa
     blank = _blank(name, layer, seen)
     if seen is None or 0 in seen.shape:
         return blank, 0.0
-    return replace(blank, calls=seen.calls), 1e3 * _at_first_sight(layer, _input(name, seen))
+    return replace(blank, calls=seen.calls), 1e3 * _at_first_sight(layer, noise(name, seen))
 
 
 def choose(
@@ -132,7 +132,7 @@ def choose(
         return replace(blank, note="is dense"), None
     if seen.dtype != modules.weights_of(layer)[0].dtype or 0 in seen.shape:
         return replace(blank, note=f"gets {seen.dtype} of shape {seen.shape}"), None
-    x = seen.sample if seen.sample is not None and others else _input(name, seen)
+    x = seen.sample if seen.sample is not None and others else noise(name, seen)
     if reason is None and blank.density <= DENSEST:
         packed, rough = _candidates(name, layer, x)
     else:
@@ -237,7 +237,7 @@ def _keeps_bound(name: str, key: str, packed: Any) -> bool:
     return bool((error <= bound(weight, bias, rows)).all())
 
 
-def _input(name: str, seen: Seen) -> Tensor:
+def noise(name: str, seen: Seen) -> Tensor:
     """Return normal noise of the shape and strides that the layer sees."""
     x = torch.randn(seen.shape, generator=generator(0, "input", name), dtype=seen.dtype)
     return x if 0 in seen.stride else torch.empty_strided(seen.shape, seen.stride, dtype=seen.dtype).copy_(x)

@@ -207,7 +207,7 @@ class Product:
         rows = tuple(row * key.y_row for row in first)
         room = rooms = x_bytes = 0
         if staged:
-            arranged = [self._arrange(number, wide, True, tiling) for number in range(len(first))]
+            arranged = [self.arranged(number, wide, True, tiling) for number in range(len(first))]
             room = max(kernel.room_bytes(target, one, tiling.vectors, tiling.part) for one in arranged)
             rooms = min(ROOMS, key.threads)
             x_bytes = room * rooms
@@ -218,14 +218,14 @@ class Product:
         floats = -(-(x_bytes + y_bytes) // 4) + LINE // 4 if places else 0
         return _Way(tiling, staged, floats, rows, places, room, rooms)
 
-    def _arrange(self, number: int, step: int, staged: bool, tiling: Tiling) -> arrange.Arranged:
+    def arranged(self, number: int, step: int, staged: bool, tiling: Tiling) -> arrange.Arranged:
         """Return a section arranged for rows of x that are `step` bytes apart."""
         key = (number, step, staged, tiling.part, tiling.chunks)
         found = self._arranged.get(key)
         if found is None:
             columns = np.arange(self.shape[1], dtype=np.int64)
             offsets = (columns % tiling.part if staged else columns) * step
-            found = arrange.arrange(self.sections[number], offsets, tiling.part, tiling.chunks)
+            found = arrange.arrange(self.sections[number], offsets, tiling.part, tiling.chunks).join()
             if len(self._arranged) >= KEPT:
                 self._arranged = {}
             self._arranged[key] = found
@@ -268,7 +268,7 @@ class Product:
         rooms = kernel.Rooms(0, way.room, free, width, way.tiling.part) if way.staged else None
         product: list[launch.Call] = []
         for number, section in enumerate(self.sections):
-            arranged = self._arrange(number, wide if way.staged else x.row, way.staged, way.tiling)
+            arranged = self.arranged(number, wide if way.staged else x.row, way.staged, way.tiling)
             keep.append(arranged)
             calls = kernel.calls(
                 target, arranged, x, y, vectors=vectors, columns=columns, images=key.images, act=key.act, staged=rooms,

@@ -24,7 +24,7 @@ from openwork.errors import ModelError, StoreError
 from openwork.runtime.kernels import jit
 from openwork.runtime.kernels.target import host, processor
 
-VERSION = 1
+VERSION = 2
 _MOST = 16 * 2**20
 
 
@@ -36,6 +36,7 @@ class Record:
         mode: "dense", "layers" (single layers replaced) or "graph" (whole stretches of the forward).
         formats: layer -> format, for the layers that are replaced one by one.
         ways: spot of a product in a graph -> (rows of a group, vectors of a tile, columns of a part).
+        chains: modules whose linear layers run as one program.
         choices: rows of the table.
         dense_ms, ms: milliseconds of the dense model and of the one returned.
         threads: torch's threads when it was measured.
@@ -47,6 +48,7 @@ class Record:
     mode: str
     formats: dict[str, str] = field(default_factory=dict)
     ways: list[list[Any]] = field(default_factory=list)
+    chains: list[str] = field(default_factory=list)
     choices: list[dict[str, Any]] = field(default_factory=list)
     dense_ms: float = 0.0
     ms: float = 0.0

@@ -20,30 +20,36 @@ LEAST_ROUNDS = 5
 
 
 def interleave(
-    calls: Mapping[str, Callable[[], object]], *, repeats: int = REPEATS, seconds: float | None = None
-) -> dict[str, float]:
+    calls: Mapping[str, Callable[[], object]], *, repeats: int = REPEATS, seconds: float | None = None,
+    sample: float = SAMPLE_SECONDS, settled: bool = False,
+) -> dict[str, float]:  # fmt: skip
     """Return the median seconds of one call of each, measured in interleaved rounds.
 
     A round times each candidate once and starts with another one each time, so that a machine that slows down slows
-    all of them. Calls shorter than half a millisecond are timed in groups.
+    all of them. Calls shorter than a sample are timed in groups.
 
     Args:
         calls: functions without arguments, by name.
         repeats: rounds.
         seconds: what all rounds together may take; fewer rounds are made to keep to it, but at least 5.
+        sample: seconds that the calls of a group take together, about.
+        settled: call once before each group, untimed, so that a candidate finds in the caches what it left there itself,
+            as it does where it runs again and again, and not what the others left.
     """
     counts, estimate = {}, 0.0
     for name, call in calls.items():
         call()
         once = timed(call)
-        counts[name] = max(1, round(SAMPLE_SECONDS / max(once, 1e-7)))
-        estimate += once * counts[name]
+        counts[name] = max(1, round(sample / max(once, 1e-7)))
+        estimate += once * (counts[name] + settled)
     if seconds is not None:
         repeats = min(repeats, max(LEAST_ROUNDS, int(seconds / max(estimate, 1e-9))))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     order = itertools.cycle(calls)
     for _ in range(max(1, repeats)):
         for name in itertools.islice(order, len(calls)):
+            if settled:
+                calls[name]()
             samples[name].append(timed(calls[name], counts[name]))
         next(order, None)
     return {name: statistics.median(times) for name, times in samples.items()}

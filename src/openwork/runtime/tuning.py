@@ -19,7 +19,7 @@ from openwork.errors import StoreError
 from openwork.runtime.kernels import jit
 from openwork.runtime.kernels.target import Target, first_cache, processor
 
-VERSION = 1
+VERSION = 2
 SECONDS = 0.2
 """What the measurement of one product may take."""
 SMALL = 40e-6
@@ -67,6 +67,14 @@ def default_tiling(
         images: products with the same weight.
     """
     return _tiling(rows, entries, shape, columns, target, threads, images, _widest(rows, entries, shape, target), 1.0)
+
+
+def tiling_of(
+    vectors: int, rows: int, entries: int, shape: tuple[int, int], columns: int, target: Target, threads: int,
+    images: int = 1,
+) -> Tiling:  # fmt: skip
+    """Return the default tiling for tiles of at most `vectors` vectors; the other arguments as in `default_tiling`."""
+    return _tiling(rows, entries, shape, columns, target, threads, images, vectors, 1.0)
 
 
 def candidates(

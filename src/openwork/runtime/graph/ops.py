@@ -238,7 +238,7 @@ class Conv:
             key = (self.name, way.block, section.first, source.plane, source.pitch, part, chunks)
             placed = s.arranged.get(key)
             if placed is None:
-                placed = s.arranged[key] = arrange.arrange(section, self._offsets(source), part, chunks)
+                placed = s.arranged[key] = arrange.arrange(section, self._offsets(source), part, chunks).join()
             calls += spmm.calls(
                 s.target, placed, _matrix(source), _matrix(out, section.first), vectors=vectors, columns=out.columns,
                 bias=bias + 4 * section.first, images=out.batch, act=self.tail.act, limits=limits,

@@ -76,6 +76,29 @@ def operation(node: fx.Node, modules: Mapping[str, nn.Module], seen: Mapping[fx.
     return None
 
 
+def activation(node: fx.Node, modules: Mapping[str, nn.Module]) -> Tail | None:
+    """Return the activation that a node stands for, for a tensor of any shape; None if it is another or none."""
+    if len(node.all_input_nodes) != 1:
+        return None
+    found: Op | None = None
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        kind = type(module)
+        if module._forward_hooks or module._forward_pre_hooks or node.kwargs:
+            return None
+        if kind.__module__ == "transformers.activations":
+            return _TRANSFORMERS.get(kind.__name__)
+        found = _MODULES[kind](str(node.target), module) if kind in _ACTIVATIONS else None
+    elif node.target is F.gelu:
+        tanh = (*node.args[1:], node.kwargs.get("approximate", "none"))[0]
+        return {"none": Tail("gelu"), "tanh": Tail("gelu_tanh")}.get(str(tanh))
+    elif node.op == "call_function" and node.target in _FUNCTIONS:
+        found = _FUNCTIONS[node.target](node, {}) if len(node.args) == 1 else None
+    elif node.op == "call_method" and str(node.target).removesuffix("_") in ("relu", "sigmoid", "tanh"):
+        found = _METHODS[str(node.target)](node, {})
+    return found.tail if isinstance(found, Activate) and found.factor is None else None
+
+
 def is_nothing(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     """Tell whether a node gives its input back: dropout in eval mode, identity, contiguous."""
     if node.op == "call_module":
@@ -188,6 +211,17 @@ _MODULES: dict[type[nn.Module], Callable[[str, Any], Op | None]] = {
     nn.MaxPool2d: _pool,
     nn.AvgPool2d: _pool,
     nn.AdaptiveAvgPool2d: _adaptive,
+}
+
+
+_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Hardswish, nn.Tanh)
+_TRANSFORMERS = {
+    "GELUActivation": Tail("gelu"),
+    "GELUTanh": Tail("gelu_tanh"),
+    "NewGELUActivation": Tail("gelu_tanh"),
+    "PytorchGELUTanh": Tail("gelu_tanh"),
+    "FastGELUActivation": Tail("gelu_tanh"),
+    "SiLUActivation": Tail("silu"),
 }
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,20 @@ class Arranged:
     starts: Ints
     order: Ints
     bounds: Ints
+    joined: npt.NDArray[np.int64] | None = None
+
+    @property
+    def words(self) -> npt.NDArray[Any]:
+        """What the kernel reads first of an entry: offset and weight in one word where they are joined."""
+        return self.offsets if self.joined is None else self.joined
+
+    def join(self) -> Arranged:
+        """Return it with offset and weight of each entry in one word; itself where groups have more than one row."""
+        if self.rows != 1 or sys.byteorder != "little":
+            return self
+        words = np.empty((len(self.offsets), 2), np.int32)
+        words[:, 0], words[:, 1] = self.offsets, self.values[:, 0].view(np.int32)
+        return replace(self, joined=words.view(np.int64)[:, 0])
 
 
 def sections(weight: npt.NDArray[np.float32], block: int) -> tuple[Section, ...]:

@@ -217,7 +217,7 @@ def _build_sum(name: str, target: Target, vectors: int, kind: Kind, index: Index
             ahead = _least(e, b.add(entry, e.int(_AHEAD)), last)
             coming = e.at(source, b.mul(e.index(indices, ahead, _int(e, index)), word["matrix_row"]))
             for byte in range(0, vectors * e.lanes * size, _LINE):
-                _prefetch(e, e.at(coming, e.int(byte)))
+                e.prefetch(e.at(coming, e.int(byte)))
             piece = e.at(source, b.mul(e.index(indices, entry, _int(e, index)), word["matrix_row"]))
             weight = e.splat(e.load(e.item(values, entry, e.f32), e.f32))
             give([e.fma(weight, _read(e, piece, t, kind, masked_at(t)), held[t]) for t in wide])
@@ -267,7 +267,7 @@ def _build_dots(name: str, target: Target, kind: Kind, index: Index) -> str:
         with e.loop_carrying(e.int(0), unrolled, [zero] * (group * _UNROLL), step) as (column, held, give):
             for piece in coming:
                 for byte in range(0, step * size, _LINE):
-                    _prefetch(e, e.at(piece, b.add(b.mul(column, e.int(size)), e.int(byte))))
+                    e.prefetch(e.at(piece, b.add(b.mul(column, e.int(size)), e.int(byte))))
             sums = held
             for u in range(_UNROLL):
                 sums = add(sums, pieces, vector, column, u)
@@ -322,9 +322,3 @@ def _least(e: Emitter, a: Any, c: Any) -> Any:
 
 def _int(e: Emitter, index: Index) -> Any:
     return e.i32 if index == "i32" else e.i64
-
-
-def _prefetch(e: Emitter, place: Any) -> None:
-    """Ask for the cache line at an address that will be read; any address will do."""
-    numbers = [e.ir.Constant(e.i32, value) for value in (0, 3, 1)]
-    e.call("llvm.prefetch.p0", e.ir.VoidType(), [place, *numbers])

@@ -115,6 +115,11 @@ class Emitter:
             found = self.ir.Function(self.module, kind, name=name)
         return self.b.call(found, arguments)
 
+    def prefetch(self, place: Any) -> None:
+        """Ask for the cache line at an address that will be read; any address will do."""
+        numbers = [self.ir.Constant(self.i32, value) for value in (0, 3, 1)]
+        self.call("llvm.prefetch.p0", self.ir.VoidType(), [place, *numbers])
+
     def fma(self, a: Any, x: Any, b: Any) -> Any:
         """Return a * x + b, fused where the target has it."""
         return self.call(f"llvm.fmuladd.{self._suffix(a.type)}", a.type, [a, x, b])

@@ -42,7 +42,8 @@ WORDS = (
 """The slots. Strides are in bytes.
 
 x, y: addresses of the first image; x_image, x_tile, y_image, y_tile, y_row: strides; first: number of the first tile.
-offsets, values: int32 byte offset and R float32 weights of each non-zero group column, part by part.
+offsets, values: int32 byte offset and R float32 weights of each non-zero group column, part by part. Where groups are
+single rows whose weights never change, `offsets` is int64 words, offset low and weight high: one load an entry less.
 starts (parts, groups + 1) int32: where each group's entries begin, in the order of `order` (parts, groups) int32, which
 numbers the groups. bounds (chunks + 1) int32: the groups of each chunk. bias (groups * R) float32.
 limits: two float32 for `clamp`. added: a tensor with Y's tiles that is added before the activation. kept (columns) int32:
@@ -51,6 +52,9 @@ Staged: x_row, width: stride and number of x's rows; part: rows of a part; rooms
 as `free` points to bits that are one; in a room each row of the slice takes `pitch` bytes, and the sums begin at `sums`.
 """
 _LINE = 64
+_AHEAD = 1024
+"""Bytes from the entries of a group to those that are fetched meanwhile, `_LINES` lines of them."""
+_LINES = 4
 _PLACE = {word: place for place, word in enumerate(WORDS)}
 
 
@@ -130,7 +134,7 @@ def calls(
             continue
         values = {
             "x": x.address, "x_image": x.image, "x_tile": x.tile or vectors * wide, "y": y.address, "y_image": y.image,
-            "y_tile": y.tile or vectors * wide, "y_row": y.row, "offsets": weights.offsets.ctypes.data,
+            "y_tile": y.tile or vectors * wide, "y_row": y.row, "offsets": weights.words.ctypes.data,
             "values": weights.values.ctypes.data, "starts": weights.starts.ctypes.data, "order": weights.order.ctypes.data,
             "bias": bias, "groups": weights.groups, "bounds": weights.bounds.ctypes.data, "chunks": weights.chunks,
             "parts": weights.parts, "tiles": count, "first": first, "limits": limits, "kept": kept, "tail": tail,
@@ -142,7 +146,7 @@ def calls(
         }  # fmt: skip
         where = address(
             target, weights.rows, size, act, masked=masked, added=added is not None, padded=kept > 0,
-            staged=staged is not None,
+            staged=staged is not None, joined=weights.joined is not None,
         )  # fmt: skip
         slots = np.array([values[word] for word in WORDS], np.int64)
         found.append(Call(where, slots, images * count * weights.chunks))
@@ -151,7 +155,7 @@ def calls(
 
 def address(
     target: Target, rows: int, vectors: int, act: Act = "none", *, masked: bool = False, added: bool = False,
-    padded: bool = False, staged: bool = False,
+    padded: bool = False, staged: bool = False, joined: bool = False,
 ) -> int:  # fmt: skip
     """Return the address of the kernel for groups of `rows` rows and tiles of `vectors` vectors.
 
@@ -164,17 +168,17 @@ def address(
         added: a second tensor is added before `act`.
         padded: columns whose `kept` is zero are written as zero (the border of a padded plane).
         staged: x is copied and the sums wait in a room.
+        joined: offset and weight of an entry are one word; groups of one row only.
     """
-    flags = "".join(letter for letter, on in zip("maps", (masked, added, padded, staged), strict=True) if on)
+    on = (masked, added, padded, staged, joined)
+    flags = "".join(letter for letter, one in zip("mapsj", on, strict=True) if one)
     name = f"openwork_spmm_r{rows}_t{vectors}_{act}{'_' + flags if flags else ''}_{target.name}"
-    build = functools.partial(_build, name, target, rows, vectors, act, masked, added, padded, staged)
+    build = functools.partial(_build, name, target, rows, vectors, act, on)
     return jit.address(name, target, build)
 
 
-def _build(
-    name: str, target: Target, rows: int, vectors: int, act: Act, masked: bool, added: bool, padded: bool, staged: bool
-) -> str:
-    writer = _Writer(Emitter(name, target), rows, vectors, act, masked, added, padded, staged)
+def _build(name: str, target: Target, rows: int, vectors: int, act: Act, on: tuple[bool, ...]) -> str:
+    writer = _Writer(Emitter(name, target), rows, vectors, act, *on)
     writer.write()
     return writer.e.text()
 
@@ -183,10 +187,11 @@ class _Writer:
     """Writes the kernel: what the whole unit needs is found once, at the entry."""
 
     def __init__(
-        self, e: Emitter, rows: int, vectors: int, act: Act, masked: bool, added: bool, padded: bool, staged: bool
-    ) -> None:
+        self, e: Emitter, rows: int, vectors: int, act: Act,
+        masked: bool, added: bool, padded: bool, staged: bool, joined: bool,
+    ) -> None:  # fmt: skip
         self.e, self.rows, self.vectors, self.act = e, rows, vectors, act
-        self.masked, self.added, self.padded, self.staged = masked, added, padded, staged
+        self.masked, self.added, self.padded, self.staged, self.joined = masked, added, padded, staged, joined
         self.wide = 4 * e.lanes
         self.grid = [(r, t) for r in range(rows) for t in range(vectors)]
         b = e.b
@@ -242,6 +247,7 @@ class _Writer:
         names = [e.index(self.names, place) for place in places]
         rows = [b.mul(name, e.int(self.rows)) for name in names]
         begins = [e.index(self.table, place) for place in (*places, b.add(places[-1], e.int(1)))]
+        self._prefetch(begins[0])
         held = self._begin(names, rows)
         if together > 1:
             counts = [b.sub(end, begin) for begin, end in itertools.pairwise(begins)]
@@ -290,13 +296,37 @@ class _Writer:
 
     def _multiply(self, entry: Any, sums: list[Any]) -> list[Any]:
         """Return the sums with one more entry: its weights times its row of x."""
-        e, b = self.e, self.e.b
-        source = e.at(self.room if self.staged else self.x, e.index(self.offsets, entry))
-        weight = e.item(self.values, b.mul(entry, e.int(self.rows)), e.f32)
-        weights = [e.splat(e.load(e.item(weight, e.int(r), e.f32), e.f32)) for r in range(self.rows)]
+        e = self.e
+        offset, weights = self._joined(entry) if self.joined else self._apart(entry)
+        source = e.at(self.room if self.staged else self.x, offset)
         spots = [e.at(source, e.int(t * self.wide)) for t in range(self.vectors)]
         columns = [e.load(spot, e.vector()) if self.staged else self._read(spot, t) for t, spot in enumerate(spots)]
         return [e.fma(weights[r], columns[t], value) for (r, t), value in zip(self.grid, sums, strict=True)]
+
+    def _prefetch(self, entry: Any) -> None:
+        """Ask for the entries of groups to come: a weight that the caches have lost is read at the pace of memory."""
+        e, b = self.e, self.e.b
+        first = e.item(self.offsets, entry, e.i64 if self.joined else e.i32)
+        streams = [(first, _LINES if self.joined else 1)]
+        if not self.joined:
+            streams.append((e.item(self.values, b.mul(entry, e.int(self.rows)), e.f32), _LINES))
+        for place, lines in streams:
+            for line in range(lines):
+                e.prefetch(e.at(place, e.int(_AHEAD + line * _LINE)))
+
+    def _apart(self, entry: Any) -> tuple[Any, list[Any]]:
+        """Return an entry's offset and its weights, each in all lanes."""
+        e = self.e
+        weight = e.item(self.values, e.b.mul(entry, e.int(self.rows)), e.f32)
+        weights = [e.splat(e.load(e.item(weight, e.int(r), e.f32), e.f32)) for r in range(self.rows)]
+        return e.index(self.offsets, entry), weights
+
+    def _joined(self, entry: Any) -> tuple[Any, list[Any]]:
+        """Return both from one word: the loads of a multiply-add are what runs out first."""
+        e, b = self.e, self.e.b
+        word = e.load(e.item(self.offsets, entry, e.i64), e.i64, 8)
+        high = b.trunc(b.lshr(word, e.int(32)), e.i32)
+        return b.sext(b.trunc(word, e.i32), e.i64), [b.bitcast(e.splat(high), e.vector())]
 
     def _end(self, names: list[Any], rows: list[Any], sums: list[list[Any]]) -> None:
         """Write the sums: to where they wait for the next part, or after the last what follows them to y."""
