@@ -245,3 +245,12 @@ def test_models_that_cannot_be_saved(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="there is no file"):
         load(tmp_path / "m")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_data_parallel_model_is_saved_and_loaded_under_its_own_names(tmp_path: Path) -> None:
+    inner = nn.Linear(3, 2)
+    save(nn.DataParallel(inner), tmp_path / "m.safetensors")
+    assert set(load_state(tmp_path / "m.safetensors")) == {"weight", "bias"}
+    other = nn.DataParallel(nn.Linear(3, 2))
+    load(tmp_path / "m.safetensors", other)
+    assert torch.equal(other.module.weight, inner.weight)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from openwork import nn
     from openwork.core.masks import Masks
     from openwork.core.patterns import NM, Block, Channel, KernelGroup, Layer, Unstructured
+    from openwork.oneshot.api import sparsify
     from openwork.runtime.plan import accelerate
     from openwork.saving import load, load_state, save
     from openwork.sparsifier.sparsifier import Fixed, Sparsifier
@@ -34,6 +35,7 @@ _HOMES = {
     "load": "openwork.saving",
     "load_state": "openwork.saving",
     "save": "openwork.saving",
+    "sparsify": "openwork.oneshot.api",
 }
 
 __all__ = [
@@ -52,6 +54,7 @@ __all__ = [
     "load_state",
     "nn",
     "save",
+    "sparsify",
 ]  # fmt: skip
 
 

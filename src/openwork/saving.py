@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from openwork.errors import FormatError, ModelError, OpenworkError
 from openwork.runtime import files, record
 from openwork.runtime.plan import Plan, restore
+from openwork.sparsifier.parameters import unwrap
 
 RECIPE = "model"
 PLAN = "plan"
@@ -55,7 +56,7 @@ def save(model: nn.Module, path: str | Path, *, metadata: Mapping[str, Any] | No
         StoreError: if the file cannot be written.
     """
     state = _state(model)
-    recipe = getattr(getattr(model, "_orig_mod", model), "openwork_recipe", None)
+    recipe = getattr(unwrap(model), "openwork_recipe", None)
     extra = dict(metadata or {})
     if RECIPE not in extra and _is_clean(recipe):
         extra[RECIPE] = recipe
@@ -100,18 +101,19 @@ def load(path: str | Path, model: nn.Module | None = None, *, plan: bool = True)
         model = _built(path, metadata, sum(tensor.numel() for tensor in state.values()))
     sources = _match(path, state, _state(model))
     try:
-        filled = {key: state[sources[key.replace(_COMPILED, "")]] for key in model.state_dict()}
-        model.load_state_dict(filled, strict=True)
+        own = unwrap(model)
+        filled = {key: state[sources[key.replace(_COMPILED, "")]] for key in own.state_dict()}
+        own.load_state_dict(filled, strict=True)
     except RuntimeError as error:
         raise ModelError(f"the model refuses the tensors of {str(path)!r}: {error}") from error
     return restore(model, metadata[PLAN]) if plan and PLAN in metadata else model
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state of a model under its own names, without the prefix of `torch.compile`."""
+    """Return the state of a model under its own names, without the prefixes of `torch.compile` and DistributedDataParallel."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"a {type(model).__name__} is no model: give a torch.nn.Module")
-    state = {key.replace(_COMPILED, ""): value for key, value in model.state_dict().items()}
+    state = {key.replace(_COMPILED, ""): value for key, value in unwrap(model).state_dict().items()}
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise ModelError(

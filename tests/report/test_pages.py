@@ -79,6 +79,16 @@ def test_index_has_a_row_a_study(tmp_path: Path, study: dict[str, Any], make_res
     assert write_index(tmp_path).read_text(encoding="utf-8") == text
 
 
+def test_other_measured_pages_are_listed_by_their_headings(tmp_path: Path) -> None:
+    (tmp_path / "reliability.json").write_text('{"format": 1, "rows": {}}')
+    (tmp_path / "reliability.md").write_text("# Reliability, [measured]\n\ntext")
+    text = write_index(tmp_path).read_text(encoding="utf-8")
+    assert "- [Reliability, \\[measured\\]](reliability.md)" in text
+    (tmp_path / "reliability.md").unlink()
+    with pytest.raises(FormatError, match=r"reliability\.json"):
+        write_index(tmp_path)
+
+
 def test_index_of_nothing(tmp_path: Path) -> None:
     assert "No study has been run yet." in write_index(tmp_path).read_text(encoding="utf-8")
 

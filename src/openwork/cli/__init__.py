@@ -30,14 +30,18 @@ def _options(version: bool = typer.Option(False, "--version", help="Print the ve
 
 
 def _register() -> None:
-    from openwork.cli import bench, compare, data, doctor, methods, study
+    from openwork.cli import bench, compare, data, doctor, essential, methods, report, serve, sparsify, study
 
     app.command("compare")(compare.command())
     app.command("study")(study.study)
+    app.command("sparsify")(sparsify.sparsify)
+    app.command("essential")(essential.essential)
     app.command("bench")(bench.bench)
     app.command("list")(methods.list_methods)
     app.command("show")(methods.show)
     app.add_typer(data.app, name="data")
+    app.command("report")(report.report)
+    app.command("serve")(serve.serve)
     app.command("doctor")(doctor.doctor)
 
 

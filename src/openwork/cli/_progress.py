@@ -11,8 +11,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from openwork.lab import sweep
+from openwork.lab.engines.catalog import Engine
 from openwork.lab.spec import Trial
 from openwork.lab.sweep import Plan
+
+WATCHED = 512
 
 
 def announce(console: Console, made: Plan) -> None:
@@ -28,26 +31,28 @@ def announce(console: Console, made: Plan) -> None:
         console.print(f"[yellow]{made.stale}[/]", highlight=False)
 
 
-def run(console: Console, made: Plan, *, workers: int, timeout: float | None, quiet: bool) -> None:
+def run(
+    console: Console, made: Plan, *, workers: int, timeout: float | None, quiet: bool, engine: Engine | None = None
+) -> None:
     """Run what is missing with a bar an arm; Ctrl-C says how to go on and ends with status 130."""
     try:
-        _run(console, made, workers=workers, timeout=timeout, quiet=quiet)
+        _run(console, made, workers, timeout, quiet, engine)
     except KeyboardInterrupt:
         found = len(made.trials) - len(made.missing)
         console.print(f"stopped with {found} of {len(made.trials)} trials finished; the same command goes on from here")
         raise typer.Exit(130) from None
 
 
-def _run(console: Console, made: Plan, *, workers: int, timeout: float | None, quiet: bool) -> None:
+def _run(console: Console, made: Plan, workers: int, timeout: float | None, quiet: bool, engine: Engine | None) -> None:
     if quiet or not made.missing:
-        sweep.run(made, workers=workers, timeout=timeout, done=lambda _trial, _result: None)
+        sweep.run(made, workers=workers, timeout=timeout, done=lambda _trial, _result: None, engine=engine)
         return
     bars = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(), console=console, disable=not console.is_terminal,
     )  # fmt: skip
     with bars, _Watch(bars, made) as watch:
-        sweep.run(made, workers=workers, timeout=timeout, done=watch.done)
+        sweep.run(made, workers=workers, timeout=timeout, done=watch.done, engine=engine)
 
 
 class _Watch:
@@ -88,7 +93,7 @@ class _Watch:
 
     def _refresh(self) -> None:
         shares: Counter[str] = Counter()
-        for trial in self.made.missing:
+        for trial in self.made.missing[:WATCHED]:  # they are begun in this order
             try:
                 shares[trial.arm.name] += float((self.made.store.place(trial) / "progress.json").read_text())  # type: ignore[assignment]
             except (OSError, ValueError):

@@ -30,6 +30,8 @@ Examples:
 
   openwork compare recipe.yaml --seeds 5
 
+  openwork compare --engine ray --address 10.0.0.5:6379    # the same trials over the machines of a Ray cluster
+
 A recipe holds the same words as the flags: `density: [0.1, 0.05]`. Each run leaves its own as recipe.yaml.
 """
 
@@ -71,15 +73,19 @@ def run(recipe: Recipe, *, quiet: bool = False) -> None:
     with console.status("reading data and model ..."):
         from openwork.cli import _finish, _progress
         from openwork.lab import compare, sweep
+        from openwork.lab.engines import catalog
+        from openwork.web import places
 
+        engine = catalog.find(recipe.engine, recipe.address)
         folder = Path(recipe.run_folder())
         made = sweep.plan(compare.STUDY, recipe, folder, threads=recipe.threads)
     with made.store.lock():
+        places.remember(folder)
         if made.missing:
             with console.status("trying every arm once ..."):
                 compare.preflight(recipe, made.arms)
         _progress.announce(console, made)
-        _progress.run(console, made, workers=recipe.workers, timeout=recipe.timeout, quiet=quiet)
+        _progress.run(console, made, workers=recipe.workers, timeout=recipe.timeout, quiet=quiet, engine=engine)
         _finish.comparison(made, recipe, console)
     trouble = sweep.complaints(made)
     if trouble is not None:

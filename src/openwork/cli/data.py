@@ -58,7 +58,8 @@ def get(names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Name
 
 def _what(entry: Entry) -> str:
     classes = f", {entry.classes} classes" if entry.classes else ""
-    return f"{entry.what}, {'x'.join(map(str, entry.shape))}{classes}"
+    shape = f", {'x'.join(map(str, entry.shape))}" if any(entry.shape) else ""
+    return f"{entry.what}{shape}{classes}"
 
 
 def _examples(entry: Entry) -> str:

@@ -40,6 +40,8 @@ def show(name: Annotated[str, typer.Argument(help="A method's name or alias.")])
     console.print(f"Claim: {card.claim}", markup=False)
     for departure in card.departures or ("none",):
         console.print(f"Departure: {departure}", markup=False)
-    console.print(f"\nUse: openwork.{card.entry}   or   openwork compare --methods dense,{card.name}", markup=False)
+    trained = card.entry[0].isupper()  # a class, that of a method to train with, and no function
+    compared = f"   or   openwork compare --methods dense,{card.name}" if trained else ""
+    console.print(f"\nUse: openwork.{card.entry}{compared}", markup=False)
     if card.name in registry.study_names():
         console.print(f"Study: openwork study {card.name} --preset laptop", markup=False)

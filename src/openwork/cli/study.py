@@ -10,6 +10,8 @@ from rich.console import Console
 
 from openwork import registry
 from openwork.errors import OpenworkError, RecipeError
+from openwork.lab.engines import catalog
+from openwork.lab.engines.catalog import Engine
 from openwork.lab.spec import read_recipe
 
 
@@ -30,6 +32,8 @@ def study(
     workers: Annotated[int, typer.Option(help="Trials at a time; 0 is one a core.")] = 0,
     threads: Annotated[int, typer.Option(help="Threads a trial.")] = 1,
     timeout: Annotated[float | None, typer.Option(help="Seconds that a trial may take.")] = None,
+    engine: Annotated[str, typer.Option(help="Where trials run: local, or ray for a cluster.")] = "local",
+    address: Annotated[str | None, typer.Option(help="The cluster, with --engine ray: auto, HOST:PORT or local.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
 ) -> None:
     """Test a paper's claim: run its study, judge it, and write results and report.
@@ -43,6 +47,8 @@ def study(
       openwork study random-pruning --preset laptop --set seeds=5 --docs docs/results
 
       openwork study --all --preset smoke
+
+      openwork study granet --engine ray --address auto
     """
     if listing:
         _list()
@@ -50,10 +56,11 @@ def study(
     if (name is None) != every:
         raise RecipeError(f"name one study or give --all; known are {', '.join(registry.study_names())}")
     values = read_recipe("\n".join(_line(one) for one in settings or []), "--set")
+    where = catalog.find(engine, address)
     trouble: list[str] = []
     for one in registry.study_names() if name is None else [registry.card(name).name]:
         try:
-            _run(one, preset, values, out, docs, workers, threads, timeout, quiet)
+            _run(one, preset, values, out, docs, workers, threads, timeout, quiet, where)
         except OpenworkError as error:
             if not every:
                 raise
@@ -64,11 +71,12 @@ def study(
 
 def _run(
     name: str, preset: str, values: dict[str, object], out: str | None, docs: str | None, workers: int, threads: int,
-    timeout: float | None, quiet: bool,
+    timeout: float | None, quiet: bool, engine: Engine,
 ) -> None:  # fmt: skip
     from openwork.cli import _finish, _progress
     from openwork.lab import sweep
     from openwork.lab.study import find
+    from openwork.web import places
 
     console = Console()
     console.rule(f"[bold]{name}[/] {preset}", align="left")
@@ -76,8 +84,9 @@ def _run(
     folder = Path(out or f"runs/study-{name}-{preset}")
     made = sweep.plan(found, found.preset(preset, **values), folder, threads=threads)
     with made.store.lock():
+        places.remember(folder)
         _progress.announce(console, made)
-        _progress.run(console, made, workers=workers, timeout=timeout, quiet=quiet)
+        _progress.run(console, made, workers=workers, timeout=timeout, quiet=quiet, engine=engine)
         _finish.study(
             made, console, preset=preset, threads=threads, workers=workers, docs=None if docs is None else Path(docs)
         )

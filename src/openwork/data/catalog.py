@@ -21,7 +21,7 @@ def entries() -> dict[str, Entry]:
 
 
 def names(kind: str = "classification") -> list[str]:
-    """Return the names of the sets of one kind, sorted: "classification" for `load`, "images" for `load_images`."""
+    """Return the names of the sets of one kind, sorted: "classification" for `load`, "images", "text" or "model"."""
     return [name for name, entry in entries().items() if entry.kind == kind]
 
 
@@ -48,10 +48,12 @@ def read(entry: Entry) -> Raw:
         DataError: if it is no classification set, cannot be had, or is not what its entry says.
     """
     if entry.kind != "classification":
-        raise DataError(
-            f"{entry.name!r} holds images without classes: read them with load_images({entry.name!r}), or load one of "
-            f"{', '.join(names())}"
-        )
+        how = {
+            "images": f"images without classes: read them with load_images({entry.name!r})",
+            "text": "text: read it with openwork.data.texts",
+            "model": "a model: read it with openwork.models.pretrained",
+        }
+        raise DataError(f"{entry.name!r} holds {how[entry.kind]}, or load one of {', '.join(names())}")
     raw = entry.read(entry)
     for part, (x, y), size in zip(("training", "test"), (raw.train, raw.test), entry.sizes, strict=True):
         expected = (size, *entry.shape)

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     Bytes = NDArray[uint8]
 
 
+Kind = Literal["classification", "images", "text", "model"]
+"""Examples with classes; images alone; text or records of text (`openwork.data.texts`); a pretrained model's files."""
+
+
 @dataclass(frozen=True)
 class File:
     """A file that a set is read from.
@@ -58,7 +62,7 @@ class Entry:
     Attributes:
         name: what `load` or `load_images` takes.
         what: a few words on the content.
-        shape: shape of one example, (channels, height, width).
+        shape: shape of one example, (channels, height, width); zeros where there are no images.
         classes: how many; 0 for images without classes.
         sizes: examples to train on and to test on.
         home: web page.
@@ -81,7 +85,7 @@ class Entry:
     citation: str
     read: Callable[[Entry], Raw]
     files: tuple[File, ...] = ()
-    kind: Literal["classification", "images"] = "classification"
+    kind: Kind = "classification"
     substitute: Callable[[], str | None] | None = None
     identity: Callable[[Entry], str] | None = None
 

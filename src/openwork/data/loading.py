@@ -75,7 +75,9 @@ def load_images(name: str) -> tuple[Tensor, ...]:
     """
     entry = catalog.entry(name)
     if entry.kind != "images":
-        raise DataError(f"{name!r} is a set to classify: load it with load({name!r}); images: {catalog.names('images')}")
+        classes = entry.kind == "classification"
+        what = f"a set to classify: load it with load({name!r})" if classes else f"a set of {entry.kind}"
+        raise DataError(f"{name!r} is {what}; images: {catalog.names('images')}")
     return tuple(tensor(entry.read(entry).train[0]).unbind(0))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import sys
 import time
 import traceback
@@ -14,17 +15,28 @@ from pathlib import Path
 from typing import Any
 
 from openwork.errors import DivergedError, OpenworkError, StoreError
+from openwork.lab.store import PROGRESS, SCRATCH
 
 STORE_FAILED = 74  # sysexits.h: EX_IOERR; the parent stops the sweep, since the next trial would fail too
+ELSEWHERE = 78  # sysexits.h: EX_CONFIG; what this machine would measure is not what was asked for
 
 
 def main(folder: str) -> int:
     """Run the trial in `folder`, write its result.json, and return the exit status."""
+    from openwork.lab.elsewhere import settle
+    from openwork.lab.spec import Trial
     from openwork.lab.store import write_result
 
     place = Path(folder)
     spec = json.loads((place / "spec.json").read_text(encoding="utf-8"))
+    elsewhere = spec.pop("elsewhere", None)
     started = time.monotonic()
+    if elsewhere is not None:
+        try:
+            settle(Trial.from_json(spec), elsewhere)
+        except OpenworkError as error:
+            print(f"the machine {socket.gethostname()!r} cannot run trials of this sweep: {error}", file=sys.stderr)
+            return ELSEWHERE
     try:
         result = run(spec, place)
         result["timings"] = {"seconds": round(time.monotonic() - started, 3)}
@@ -44,7 +56,7 @@ def run(spec: dict[str, Any], place: Path) -> dict[str, Any]:
 
     trial = Trial.from_json(spec)
     torch.set_num_threads(int(trial.identity.get("threads", 1)))
-    scratch = place / "scratch"
+    scratch = place / SCRATCH
     scratch.mkdir(exist_ok=True)
     result: dict[str, Any] = {"key": trial.key, "arm": trial.arm.name, "seed": trial.seed, "error": None}
     try:
@@ -75,7 +87,7 @@ class _Progress:
     """Writes the share that is done a few times a second; a torn or missing file harms nobody."""
 
     def __init__(self, place: Path) -> None:
-        self._path, self._next = place / "progress.json", 0.0
+        self._path, self._next = place / PROGRESS, 0.0
 
     def __call__(self, share: float) -> None:
         now = time.monotonic()

@@ -1,89 +1,69 @@
-"""The executor: trials as child processes, launched through joblib's interface: another back-end is one word away."""
+"""One trial from its folder to its result: a child process, watched until it ends, is stopped, or takes too long."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from openwork.errors import OpenworkError, StoreError
-from openwork.lab.child import STORE_FAILED
+from openwork.errors import StoreError, TrialError
+from openwork.lab.child import ELSEWHERE, STORE_FAILED
 from openwork.lab.nursery import Nursery
 from openwork.lab.spec import Trial
-from openwork.lab.store import Store, read_result, write_result
-
-Done = Callable[[Trial, dict[str, Any]], None]
+from openwork.lab.store import read_result, tidy, write_result
 
 
-def execute(trials: Iterable[Trial], store: Store, *, workers: int, timeout: float | None, done: Done) -> None:
-    """Run trials, `workers` at a time, each in a child process; call `done` as each one ends.
-
-    A trial that fails, diverges, hangs or is killed costs that trial only: its result says so.
+def attempt(
+    trial: Trial, place: Path, nursery: Nursery, *, timeout: float | None, stopped: Callable[[], bool] = lambda: False
+) -> dict[str, Any] | None:
+    """Run the trial whose specification lies in `place`, and return its result, which then lies there too.
 
     Args:
-        trials: what to run.
-        store: where results go.
-        workers: child processes at a time.
-        timeout: seconds that a trial may take; None is without end.
-        done: called in the main thread with each trial and its result.
+        trial: the trial.
+        place: its folder; what the trial leaves there is kept, its scratch only if it was cut short.
+        nursery: what starts the child.
+        timeout: seconds that the trial may take; None is without end.
+        stopped: asked a few times a second; True ends the child.
+
+    Returns:
+        The result; one that says how the child was lost if it left none; None if it was stopped.
 
     Raises:
-        StoreError: if the store cannot be written to any more; finished trials are kept.
-        KeyboardInterrupt: after the children have been stopped.
+        StoreError: if the folder cannot be written to any more.
+        TrialError: if the child could not be started, or refused to run here.
     """
-    from joblib import Parallel, delayed
-
-    stop, nursery = threading.Event(), Nursery()
-    pool = Parallel(n_jobs=workers, backend="threading", return_as="generator_unordered", pre_dispatch=workers)
-    try:
-        for trial, result in pool(delayed(_run)(trial, store, nursery, timeout, stop) for trial in trials):
-            if result is None:
-                continue
-            if result["status"] == "store":
-                raise StoreError(result["error"])
-            done(trial, result)
-    finally:
-        stop.set()  # children of an interrupted sweep end now; their checkpoints are kept
-        nursery.close()
-
-
-def _run(
-    trial: Trial, store: Store, nursery: Nursery, timeout: float | None, stop: threading.Event
-) -> tuple[Trial, dict[str, Any] | None]:
-    if stop.is_set():
-        return trial, None
-    try:
-        place = store.begin(trial)
-        status, code = _child(place, nursery, timeout, stop)
-    except (OSError, OpenworkError) as error:
-        stop.set()
-        return trial, {"status": "store", "error": str(error)}
+    status, code = _child(place, nursery, timeout, stopped)
     if status == "stopped":
-        return trial, None
-    result = read_result(place, trial.key)
+        return None
     if code == STORE_FAILED:
-        stop.set()
-        return trial, {"status": "store", "error": _last_line(place) or "the run folder cannot be written to"}
+        raise StoreError(_last_line(place) or "the run folder cannot be written to")
+    if code == ELSEWHERE:
+        raise TrialError(_last_line(place) or "the trial cannot be run on this machine")
+    result = read_result(place, trial.key)
     if result is None or code != 0:
-        result = _lost(trial, place, status, code, timeout)
+        result = lost(trial, *_why(place, status, code, timeout))
         write_result(place, result)
     else:
-        store.clean(trial)
-    return trial, result
+        tidy(place)
+    return result
 
 
-def _child(place: Path, nursery: Nursery, timeout: float | None, stop: threading.Event) -> tuple[str, int]:
+def lost(trial: Trial, status: str, error: str) -> dict[str, Any]:
+    """Return the result of a trial that left none: `status` is "killed", "timeout" or "failed"."""
+    return {"key": trial.key, "arm": trial.arm.name, "seed": trial.seed, "status": status, "error": error, "metrics": {}}
+
+
+def _child(place: Path, nursery: Nursery, timeout: float | None, stopped: Callable[[], bool]) -> tuple[str, int]:
     """Run the child in `place` to its end, the timeout or the stop; return how it ended and its exit status."""
     (place / "result.json").unlink(missing_ok=True)
     pid, status = nursery.start(place), "ended"
     deadline = None if timeout is None else time.monotonic() + timeout
     while (code := nursery.wait(pid, 0.1)) is None:
-        if stop.is_set():
+        if stopped():
             status = "stopped"
         elif deadline is not None and time.monotonic() > deadline:
             status = "timeout"
@@ -93,17 +73,15 @@ def _child(place: Path, nursery: Nursery, timeout: float | None, stop: threading
     return status, code
 
 
-def _lost(trial: Trial, place: Path, status: str, code: int, timeout: float | None) -> dict[str, Any]:
-    """Return the result of a trial that left none."""
+def _why(place: Path, status: str, code: int, timeout: float | None) -> tuple[str, str]:
+    """Return status and error of a trial whose child left no result."""
     if status == "timeout":
-        kind, error = "timeout", f"took longer than {timeout:g} s; raise --timeout or shorten the run"
-    elif code < 0:
+        return "timeout", f"took longer than {timeout:g} s; raise --timeout or shorten the run"
+    if code < 0:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
         hint = " (out of memory?)" if name == "SIGKILL" else ""
-        kind, error = "killed", f"the process was ended by {name}{hint}"
-    else:
-        kind, error = "failed", f"the process ended with status {code}: {_last_line(place) or 'no message'}"
-    return {"key": trial.key, "arm": trial.arm.name, "seed": trial.seed, "status": kind, "error": error, "metrics": {}}
+        return "killed", f"the process was ended by {name}{hint}"
+    return "failed", f"the process ended with status {code}: {_last_line(place) or 'no message'}"
 
 
 def _last_line(place: Path) -> str:

@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 
 from openwork.errors import TrialError
+from openwork.lab import environment
+from openwork.lab.store import SCRATCH
 
 _PRELOAD = ("torch._dynamo", "openwork.lab.compare", "openwork.lab.store", "sklearn.datasets", "scipy.stats")
 
@@ -68,6 +70,11 @@ class Nursery:
                 return self._ended.pop(pid)
             return -signal.SIGKILL if self._gone() else None
 
+    @property
+    def alive(self) -> bool:
+        """Tell whether it can still start children."""
+        return not self._gone() and self._process.poll() is None
+
     def close(self) -> None:
         """End the nursery and every child that still runs."""
         with contextlib.suppress(OSError):
@@ -100,10 +107,15 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for name in _PRELOAD:
         importlib.import_module(name)
+    environment.code_digest()  # of the code that was just imported; children inherit it
     running: set[int] = set()
     waiting = b""
+    news = _child_news()
     while True:
-        if select.select([0], [], [], 0.02 if running else 0.2)[0]:
+        ready = select.select([0, news], [], [], 1.0)[0]
+        if news in ready:
+            os.read(news, 65536)
+        if 0 in ready:
             text = os.read(0, 65536)
             if not text:
                 break
@@ -115,6 +127,15 @@ def main() -> None:
         os.kill(pid, signal.SIGKILL)
     for pid in running:
         os.waitpid(pid, 0)
+
+
+def _child_news() -> int:
+    """Return a descriptor that becomes readable when a child ends."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
+    return reading
 
 
 def _fork(folder: str) -> int:
@@ -133,16 +154,48 @@ def _child(folder: str) -> int:
     """Become the trial: own log, no input, signals as usual, and an end with the nursery."""
     from openwork.lab import child
 
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGINT, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
     log = os.open(os.path.join(folder, "log.txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for stream in (1, 2):
         os.dup2(log, stream)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    _volunteer()
+    if not _alone(Path(folder) / SCRATCH):
+        print("another process still runs this trial in the same folder", file=sys.stderr)
+        return 1
     code = child.main(folder)
     sys.stdout.flush()
     sys.stderr.flush()
     return code
+
+
+def _volunteer() -> None:
+    """Let the system end this process first when memory is short: the trial is lost then, not the sweep."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def _alone(scratch: Path) -> bool:
+    """Wait until no other process runs the trial, then hold its scratch until this process ends.
+
+    The sweep before this one, or its worker, may just have been killed; its child is then about to end too.
+    """
+    try:
+        import fcntl
+
+        scratch.mkdir(exist_ok=True)
+        descriptor = os.open(scratch / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except (ImportError, OSError):
+        return True
+    for _ in range(300):
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def _end_with(parent: int) -> None:

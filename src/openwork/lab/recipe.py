@@ -22,7 +22,7 @@ class Recipe(Config):
     """What `openwork compare` compares, and how."""
 
     plan: ClassVar[frozenset[str]] = frozenset(
-        {"seeds", "methods", "density", "workers", "threads", "timeout", "latency", "iso", "out"}
+        {"seeds", "methods", "density", "workers", "threads", "timeout", "latency", "iso", "out", "engine", "address"}
     )
 
     data: str = Field("digits", description="data set by name, FILE.npz, module:function or path/to/file.py:function")
@@ -56,6 +56,8 @@ class Recipe(Config):
     threads: int = Field(1, ge=1, description="threads a trial; numbers depend on it in the last digits")
     timeout: float | None = Field(None, gt=0, description="seconds that a trial may take")
     out: str | None = Field(None, description="run folder; runs/compare-DATA-MODEL if not given")
+    engine: str = Field("local", description="where trials run: local, or ray for a cluster")
+    address: str | None = Field(None, description="the cluster, with --engine ray: auto, HOST:PORT or local")
 
     @field_validator("methods", "density", "exclude", mode="before")
     @classmethod

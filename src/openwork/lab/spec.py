@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Self
 
 import yaml
@@ -86,12 +87,12 @@ class Trial:
     seed: int
     identity: Mapping[str, Any]
 
-    @property
+    @cached_property
     def question(self) -> str:
         """Return a digest of what is asked, whatever the versions: study, content, arm settings and seed."""
         return _digest([self.study, self.content, dict(self.arm.settings), self.seed])
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Return the content key: a digest of the question and of the identity."""
         return _digest([self.question, self.identity])[:24]

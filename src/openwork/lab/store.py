@@ -16,6 +16,8 @@ from openwork.errors import StoreError
 from openwork.lab.spec import Trial
 
 DONE = frozenset({"ok", "diverged"})  # a trial that diverged would diverge again
+SCRATCH = "scratch"  # checkpoints, in the trial's folder until it has ended
+PROGRESS = "progress.json"  # the share that is done
 
 
 class Store:
@@ -76,11 +78,6 @@ class Store:
         result = read_result(self.place(trial), trial.key)
         return result if result is not None and result["status"] in DONE else None
 
-    def clean(self, trial: Trial) -> None:
-        """Remove what a finished trial does not need any more."""
-        shutil.rmtree(self.place(trial) / "scratch", ignore_errors=True)
-        (self.place(trial) / "progress.json").unlink(missing_ok=True)
-
     def others(self, trials: Iterable[Trial]) -> dict[str, list[Mapping[str, Any]]]:
         """Return for each trial's key under which other identities its question was answered before, if it was."""
         keys = {trial.question: trial.key for trial in trials}
@@ -105,6 +102,12 @@ def read_result(place: Path, key: str) -> dict[str, Any] | None:
         return None
     digest = result.pop("digest", None)
     return result if digest == _digest(result) else None
+
+
+def tidy(place: Path) -> None:
+    """Remove from a trial's folder what a finished trial does not need any more."""
+    shutil.rmtree(place / SCRATCH, ignore_errors=True)
+    (place / PROGRESS).unlink(missing_ok=True)
 
 
 def free_megabytes(folder: Path) -> float:

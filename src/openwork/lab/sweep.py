@@ -12,7 +12,8 @@ from typing import Any
 from openwork import atomic
 from openwork.errors import StoreError, TrialError
 from openwork.lab import claims, environment
-from openwork.lab.execute import Done, execute
+from openwork.lab.engines import catalog
+from openwork.lab.engines.catalog import Done, Engine
 from openwork.lab.spec import Arm, Config, Trial, write_recipe
 from openwork.lab.stats import mean_interval, paired_interval
 from openwork.lab.store import Store, free_megabytes
@@ -69,14 +70,15 @@ def plan(study: Study, config: Config, folder: Path, *, threads: int = 1) -> Pla
     return made
 
 
-def run(made: Plan, *, workers: int = 0, timeout: float | None = None, done: Done) -> None:
+def run(made: Plan, *, workers: int = 0, timeout: float | None = None, done: Done, engine: Engine | None = None) -> None:
     """Run what is missing; `done` is called with every trial as it ends.
 
     Args:
         made: the plan.
-        workers: trials at a time; 0 is one a core.
+        workers: trials at a time; 0 is one a core, or as many as a cluster holds.
         timeout: seconds that a trial may take.
         done: called with trial and result.
+        engine: where trials run, from `engines.catalog.find`; this machine if it is not given.
 
     Raises:
         StoreError: if the disk is full or the folder cannot be written to; finished trials are kept.
@@ -96,7 +98,7 @@ def run(made: Plan, *, workers: int = 0, timeout: float | None = None, done: Don
         done(trial, result)
 
     try:
-        execute(missing, made.store, workers=workers or os.cpu_count() or 1, timeout=timeout, done=keep)
+        (engine or catalog.find())(missing, made.store, workers=workers, timeout=timeout, done=keep)
     except StoreError as error:
         raise StoreError(f"{error} ({len(made.results)} of {len(made.trials)} trials are finished and kept)") from error
 
@@ -105,6 +107,10 @@ def results(made: Plan, *, preset: str | None = None, threads: int = 1, workers:
     """Return everything that a report needs, in plain JSON values."""
     known = [(trial, made.results[trial.key]) for trial in made.trials if trial.key in made.results]
     trials = [{**result, "arm": trial.arm.name} for trial, result in known]  # a result may be found under another name
+    good: dict[str, dict[int, dict[str, float]]] = {}
+    for trial in trials:
+        if trial["status"] == "ok":
+            good.setdefault(trial["arm"], {})[trial["seed"]] = trial["metrics"]
     return {
         "format": 1,
         "kind": "compare" if made.study.name == "compare" else "study",
@@ -118,7 +124,7 @@ def results(made: Plan, *, preset: str | None = None, threads: int = 1, workers:
         "arms": [asdict(arm) for arm in made.arms],
         "trials": trials,
         "latency": {},
-        "rows": [_row(arm, trials, made.config.seeds, made.study) for arm in made.arms],
+        "rows": [_row(arm, good, made.config.seeds, made.study) for arm in made.arms],
         "claims": [asdict(v) for v in claims.judge(made.study.claims(made.config), claims.collect(trials))],
     }
 
@@ -126,7 +132,7 @@ def results(made: Plan, *, preset: str | None = None, threads: int = 1, workers:
 def write(made: Plan, found: Mapping[str, Any]) -> Path:
     """Write results.json and recipe.yaml into the run folder, atomically, and return the first's path."""
     path = made.store.folder / "results.json"
-    atomic.write_json(path, _finite(found))
+    atomic.write_bytes(path, _text(found).encode("utf-8", "backslashreplace"))  # a lone surrogate is escaped, as JSON has it
     atomic.write_bytes(made.store.folder / "recipe.yaml", str(found["recipe_text"]).encode())
     return path
 
@@ -144,9 +150,12 @@ def complaints(made: Plan) -> TrialError | None:
     return TrialError(f"{len(lost)} of {len(made.results)} trials did not end well ({said}); the other {good} are kept")
 
 
-def _row(arm: Arm, trials: Sequence[Mapping[str, Any]], seeds: int, study: Study) -> dict[str, Any]:
-    own = {t["seed"]: t["metrics"] for t in trials if t["arm"] == arm.name and t["status"] == "ok"}
-    dense = {t["seed"]: t["metrics"] for t in trials if t["arm"] == "dense" and t["status"] == "ok"}
+_Metrics = Mapping[int, Mapping[str, float]]
+
+
+def _row(arm: Arm, good: Mapping[str, _Metrics], seeds: int, study: Study) -> dict[str, Any]:
+    """Return an arm's row; `good` holds the metrics of all arms by seed."""
+    own, dense = good.get(arm.name, {}), good.get("dense", {})
     main = next(iter(study.columns))
     values = {seed: metrics[main] for seed, metrics in own.items() if main in metrics}
     against = {seed: metrics[main] for seed, metrics in dense.items() if main in metrics}
@@ -179,6 +188,22 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _finite(value: Any) -> Any:
-    """Return the value with numbers that JSON cannot hold as null."""
-    return json.loads(json.dumps(value, default=str), parse_constant=lambda _word: None)
+def _text(found: Mapping[str, Any]) -> str:
+    """Return results as JSON with a line a key and a line an entry of a list: readable, and quick for many trials."""
+    parts = [f"{json.dumps(key)}: {_lines(value)}" for key, value in found.items()]
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _lines(value: Any) -> str:
+    if not isinstance(value, list) or not value:
+        return _line(value)
+    return "[\n " + ",\n ".join(map(_line, value)) + "\n]"
+
+
+def _line(value: Any) -> str:
+    """Return the value as JSON, with numbers that JSON cannot hold as null."""
+    try:
+        return json.dumps(value, default=str, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        finite = json.loads(json.dumps(value, default=str), parse_constant=lambda _word: None)
+        return json.dumps(finite, ensure_ascii=False)

@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from numpy.typing import NDArray
 
 from openwork import atomic
 from openwork.report import plots
 from openwork.report.pictures import first_pictures
-from openwork.report.style import DARK, LIGHT, PAGE_DARK, PAGE_LIGHT, TEXT_DARK, TEXT_LIGHT
+from openwork.report.style import LIGHT, PAGE_DARK, PAGE_LIGHT, SANS, TEXT_DARK, TEXT_LIGHT, series
 from openwork.report.summary import (
     DENSE,
     Results,
@@ -77,38 +77,53 @@ def report(results: Results, masks: Masks | None = None) -> str:
     """Return the report on `results` as HTML text; the same input gives the same bytes."""
     css = stylesheet()
     digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'"
+    template = environment().get_template("report.html.j2")
+    return template.render(css=Markup(css), policy=policy, **parts(results, masks))
+
+
+def parts(results: Results, masks: Masks | None = None, figures: Sequence[Figure] | None = None) -> dict[str, Any]:
+    """Return what the template `report_body.html.j2` shows of `results`, by the template's names.
+
+    Args:
+        results: What `results.json` of a run holds.
+        masks: As `write_report` takes them.
+        figures: Shown in place of the plots, which take most of the time.
+    """
     found = columns(results)
-    return environment().get_template("report.html.j2").render(
-        css=Markup(css),
-        policy=f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'",
-        title=title(results),
-        kind="Study" if results.get("kind") == "study" else "Comparison",
-        byline=_byline(results),
-        headline=headline(results),
-        sentences=sentences(results),
-        asked=list(asked(results.get("recipe") or {})),
-        about=visible(results.get("about") or "", 2000),
-        columns=found,
-        blocks=_blocks(results, found),
-        notes=_notes(results),
-        figures=_figures(results),
-        pictures=_pictures(masks or {}),
-        claims=[_claim(claim) for claim in results.get("claims") or [] if isinstance(claim, Mapping)],
-        failures=failures(results),
-        losses=[_loss(trial) for trial in losses(results)[:SHOWN_LOSSES]],
-        unshown=max(0, len(losses(results)) - SHOWN_LOSSES),
-        machine=[(visible(k, 40), visible(v, 200)) for k, v in (results.get("environment") or {}).items()],
-        command=command(results),
-        recipe=recipe_text(results),
-        version=visible((results.get("environment") or {}).get("openwork", ""), 20),
-    )  # fmt: skip
+    return {
+        "title": title(results),
+        "kind": "Study" if results.get("kind") == "study" else "Comparison",
+        "byline": _byline(results),
+        "headline": headline(results),
+        "sentences": sentences(results),
+        "asked": list(asked(results.get("recipe") or {})),
+        "about": visible(results.get("about") or "", 2000),
+        "columns": found,
+        "blocks": _blocks(results, found),
+        "notes": _notes(results),
+        "figures": _figures(results) if figures is None else figures,
+        "pictures": _pictures(masks or {}),
+        "claims": [_claim(claim) for claim in results.get("claims") or [] if isinstance(claim, Mapping)],
+        "failures": failures(results),
+        "losses": [_loss(trial) for trial in losses(results)[:SHOWN_LOSSES]],
+        "unshown": max(0, len(losses(results)) - SHOWN_LOSSES),
+        "machine": [(visible(k, 40), visible(v, 200)) for k, v in (results.get("environment") or {}).items()],
+        "command": command(results),
+        "recipe": recipe_text(results),
+        "version": visible((results.get("environment") or {}).get("openwork", ""), 20),
+    }
 
 
 @cache
-def environment() -> Environment:
-    """Return the template environment: everything is escaped, an unknown name is an error."""
+def environment(*packages: str) -> Environment:
+    """Return the template environment: everything is escaped, an unknown name is an error.
+
+    Args:
+        packages: Packages whose `templates` stand before those of the report.
+    """
     return Environment(
-        loader=PackageLoader("openwork.report"),
+        loader=ChoiceLoader([PackageLoader(package) for package in (*packages, "openwork.report")]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -120,9 +135,8 @@ def environment() -> Environment:
 def stylesheet() -> str:
     """Return the page's style with the colours of the plots."""
     text = resources.files("openwork.report").joinpath("templates", "report.css").read_text(encoding="utf-8")
-    series = ["".join(f".s{at}{{color:{colour}}}" for at, colour in enumerate(side)) for side in (LIGHT, DARK)]
     values = {"page-light": PAGE_LIGHT, "page-dark": PAGE_DARK, "text-light": TEXT_LIGHT, "text-dark": TEXT_DARK}
-    values |= {"series-light": series[0], "series-dark": series[1]}
+    values |= {"series-light": series(), "series-dark": series(dark=True), "sans": SANS}
     for name, value in values.items():
         text = text.replace(f"/*{name}*/", value)
     return text
@@ -247,21 +261,25 @@ def _notes(results: Results) -> list[str]:
     return [f"{listing(arms)}: {note}." for note, arms in told.items()]
 
 
-def _figures(results: Results) -> list[Figure]:
+def captions(results: Results) -> dict[str, str]:
+    """Return the caption of each figure of a report by the name of the function of `plots` that draws it."""
     what = visible(main_metric(results).heading, 40)
-    made = (
-        (plots.accuracy, f"{what} with 95 % intervals over seeds; the grey band is dense."),
-        (plots.cost, f"{what} against what training cost, in floating-point operations relative to dense."),
-        (plots.layers, "Share of weights kept in each layer, the mean over seeds; the thin line is the whole model."),
-        (plots.loss, "Training loss, the mean over seeds."),
-    )
+    what = what[:1].upper() + what[1:]
+    return {
+        "accuracy": f"{what} with 95 % intervals over seeds; the grey band is dense.",
+        "cost": f"{what} against what training cost, in floating-point operations relative to dense.",
+        "layers": "Share of weights kept in each layer, the mean over seeds; the thin line is the whole model.",
+        "loss": "Training loss, the mean over seeds.",
+    }
+
+
+def _figures(results: Results) -> list[Figure]:
     found: list[Figure] = []
-    for draw, caption in made:
-        name = draw.__name__
+    for name, caption in captions(results).items():
+        draw = getattr(plots, name)
         wide = draw(results, WIDE, f"{name}-wide")
         if wide:
             narrow = draw(results, NARROW, f"{name}-narrow")
-            caption = caption[0].upper() + caption[1:]
             found.append(Figure(len(found) + 1, caption, Markup(wide), Markup(narrow)))
     return found
 

@@ -47,13 +47,19 @@ def write_study_page(results: Results, path: Path | str, figures: Path | str) ->
 def write_index(folder: Path | str) -> Path:
     """Write `README.md` of a folder of study pages from the JSON files in it: a row a study with its verdicts.
 
+    Other measured pages, whose JSON has no claims, are listed by their headings.
+
     Raises:
-        FormatError: if a JSON file in the folder is not a results file.
+        FormatError: if a JSON file in the folder is damaged, or no results file and without a page.
         StoreError: if the file cannot be written.
     """
     place = Path(folder)
-    body = []
+    body, others = [], []
     for path in sorted(place.glob("*.json")):
+        heading = _heading(path.with_suffix(".md"))
+        if heading and "claims" not in _read(path):
+            others.append(f"- [{escape_markdown(heading)}]({quote(path.stem)}.md)")
+            continue
         found = read_results(path)
         name = escape_markdown(title(found))
         linked = f"[{name}]({quote(path.stem)}.md)" if path.with_suffix(".md").exists() else name
@@ -67,6 +73,8 @@ def write_index(folder: Path | str) -> Path:
         text += markdown(titles, body, [False, False, False, True, False, False]) + f"\n{RULES}"
     else:
         text += "No study has been run yet.\n"
+    if others:
+        text += "\nMeasured besides:\n\n" + "\n".join(others) + "\n"
     target = place / "README.md"
     atomic.write_bytes(target, text.encode("utf-8", "backslashreplace"))
     return target
@@ -79,16 +87,31 @@ def read_results(path: Path | str) -> dict[str, Any]:
         FormatError: if it cannot be read, is too large, or is no results file of format 1.
     """
     place = Path(path)
+    found = _read(place)
+    if found.get("format") != 1 or not isinstance(found.get("rows"), list):
+        raise FormatError(f"{str(place)!r} is no results file of format 1: expected an object with 'format': 1 and 'rows'")
+    return found
+
+
+def _read(place: Path) -> dict[str, Any]:
     try:
         size = place.stat().st_size
         found = json.loads(place.read_text(encoding="utf-8")) if size <= LARGEST else None
     except (OSError, ValueError, RecursionError) as error:
         raise FormatError(f"cannot read {str(place)!r} as results: {error}; write it again with `openwork`") from error
-    if found is None:
+    if found is None and size > LARGEST:
         raise FormatError(f"{str(place)!r} has {size:,} bytes; a results file has at most {LARGEST:,}")
-    if not isinstance(found, dict) or found.get("format") != 1 or not isinstance(found.get("rows"), list):
-        raise FormatError(f"{str(place)!r} is no results file of format 1: expected an object with 'format': 1 and 'rows'")
-    return found
+    return found if isinstance(found, dict) else {}
+
+
+def _heading(page: Path) -> str:
+    """Return the heading of a page, empty where there is none."""
+    try:
+        with page.open(encoding="utf-8", errors="replace") as lines:
+            first = lines.readline(1000).strip()
+    except OSError:
+        return ""
+    return visible(first.removeprefix("# "), 80) if first.startswith("# ") else ""
 
 
 NONE = "–"

@@ -18,6 +18,8 @@ DARK = ("#3874a6", "#c47525", "#a4e7ab", "#c88fa4", "#e8d861", "#a393ff", "#c83e
 PAGE_LIGHT, PAGE_DARK = "#fffefa", "#16181b"
 TEXT_LIGHT, TEXT_DARK = "#22242a", "#dcdad4"
 
+SANS = 'ui-sans-serif,-apple-system,"Segoe UI","Helvetica Neue",Inter,"Noto Sans",Arial,sans-serif'
+
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", "h", ">")
 DASHES: tuple[tuple[float, ...], ...] = ((), (5.0, 2.0), (1.5, 1.5), (6.0, 2.0, 1.5, 2.0))
 
@@ -34,6 +36,18 @@ class Style:
     def line(self) -> tuple[float, tuple[float, ...]] | Literal["-"]:
         """The dash as matplotlib wants it."""
         return (0.0, self.dash) if self.dash else "-"
+
+
+def series(dark: bool = False) -> str:
+    """Return the CSS of the eight hues, a class each: `s0` to `s7`."""
+    return "".join(f".s{at}{{color:{colour}}}" for at, colour in enumerate(DARK if dark else LIGHT))
+
+
+def picture_css() -> str:
+    """Return the CSS of a plot that stands in a file of its own and follows the reader's light or dark page."""
+    light, dark = (f"svg{{color:{ink};fill:{ink}}}" for ink in (TEXT_LIGHT, TEXT_DARK))
+    font = f"svg{{font-family:{SANS}}}"
+    return f"{font}{light}{series()}@media (prefers-color-scheme:dark){{{dark}{series(dark=True)}}}"
 
 
 def styles(lines: Sequence[str]) -> dict[str, Style]:

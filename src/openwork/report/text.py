@@ -38,6 +38,8 @@ def finite(value: object) -> float | None:
     """Return `value` as a float, or None where it is no finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
+    if isinstance(value, int) and abs(value) >= 2**1000:  # too large for a float, as JSON may hold it
+        return None
     return float(value) if math.isfinite(value) else None
 
 

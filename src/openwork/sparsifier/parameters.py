@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from openwork.errors import MaskError
+from openwork.sparsifier.peers import wraps
 
 Choice = Iterable[str] | Callable[[str, nn.Parameter], bool] | None
 
@@ -19,7 +20,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     """Return the module inside torch.compile's and DistributedDataParallel's wrappers, whose names are the user's own."""
     while True:
         inner = getattr(model, "_orig_mod", None)
-        if inner is None and type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
+        if inner is None and wraps(model, "DistributedDataParallel", "DataParallel"):
             inner = model.module
         if not isinstance(inner, nn.Module):
             return model
@@ -37,8 +38,9 @@ def maskable(model: nn.Module, choose: Choice = None, exclude: Iterable[str] = (
         exclude: names or glob patterns to leave dense.
 
     Raises:
-        MaskError: if nothing is left, or a name or pattern matches nothing.
+        MaskError: if nothing is left, a name or pattern matches nothing, or the parameters are sharded over processes.
     """
+    _check_whole(model)
     names = dict(model.named_parameters())
     exclude = _known(names, [exclude] if isinstance(exclude, str) else list(exclude))
     if choose is None:
@@ -55,6 +57,16 @@ def maskable(model: nn.Module, choose: Choice = None, exclude: Iterable[str] = (
             f"it has {', '.join(names) or 'no parameters'}"
         )
     return chosen
+
+
+def _check_whole(model: nn.Module) -> None:
+    """Refuse parameters of which this process holds only a part: their scores could not be ranked here."""
+    shards = any(wraps(module, "FullyShardedDataParallel") for module in model.modules())
+    if shards or any(wraps(param, "DTensor") for param in model.parameters()):
+        raise MaskError(
+            f"the parameters of {type(model).__name__} are sharded over processes (FSDP or DTensor), so no process sees a "
+            "whole layer; train it with DistributedDataParallel, which keeps whole parameters in every process"
+        )
 
 
 def _is_connection(model: nn.Module, name: str, param: nn.Parameter) -> bool:

@@ -2,7 +2,8 @@
 
 The model itself is left alone: same keys, same parameters, no hooks on it, so deepcopy, checkpoints and torch.compile
 do not notice. Before a step the masks may be revised from the dense gradients, then gradients are masked; after it the
-masked weights are set to exactly zero.
+masked weights are set to exactly zero. In data-parallel training every process does this for itself, from gradients
+that are averaged by then, and a digest of the masks is compared after each revision (see `openwork.sparsifier.agreement`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from openwork.core.patterns import Pattern
 from openwork.core.rng import generator
 from openwork.core.schedules import Every
 from openwork.errors import AllocationError, MaskError, PatternError
-from openwork.sparsifier import optimizers
+from openwork.sparsifier import agreement, optimizers, peers
 from openwork.sparsifier.parameters import Choice, maskable, unwrap
 from openwork.sparsifier.prune_grow import prune_and_grow, shrink, tighten
 
@@ -90,6 +91,8 @@ class Sparsifier:
         self._dense: dict[str, tuple[Tensor, Tensor]] = {}  # the gradient masked, and what it was before
         self._idle = False
         self._pending: Mapping[str, Any] | None = None
+        self._among: peers.Peers | None = None  # None: found out by attach
+        self._peers, self._wrapper = peers.ALONE, None
 
     # ---- what a method writes -------------------------------------------------------------------------------------
 
@@ -131,7 +134,9 @@ class Sparsifier:
         """Mask `model` now and hold the masks through every step of `optimizer`.
 
         Args:
-            model: any module; compiled and data-parallel wrappers are looked through.
+            model: any module; compiled and data-parallel wrappers are looked through. The processes of a
+                DistributedDataParallel wrapper, or for a bare module with an optimizer those of torch.distributed's
+                default group, must all call this, and all hold the same masks from then on (see `among`).
             optimizer: any stepping optimizer of the model's parameters, or several that step one after the other;
                 None masks the model once and holds nothing.
 
@@ -139,7 +144,8 @@ class Sparsifier:
             self, so that `GraNet(...).attach(model, optimizer)` reads as one line.
 
         Raises:
-            MaskError: if it is attached already or there is nothing to mask.
+            MaskError: if it is attached already, there is nothing to mask, the parameters are sharded, or the processes
+                do not start with the same masks, generators and settings.
             PatternError: naming the first parameter that the pattern does not divide.
             OptimizerError: for LBFGS, SparseAdam, or an optimizer of another model.
         """
@@ -151,8 +157,11 @@ class Sparsifier:
         self._check_pattern(params)
         self._params, self._optimizers = params, stepping
         self._fresh = [optimizers.fresh_values(one) for one in stepping]
+        self._wrapper = peers.data_parallel(model)
+        shared = self._wrapper is not None or bool(stepping)
+        self._peers = self._among or (peers.around(model) if shared else peers.ALONE)
         try:
-            self._begin(params)
+            agreement.begin(self._peers, lambda: self._begin(params), self._identity, self._digests)
         except BaseException:
             self._params, self._optimizers = {}, []
             raise
@@ -161,6 +170,29 @@ class Sparsifier:
         if not self.history:
             self._remember()
         return self
+
+    def among(self, group: Any) -> Self:
+        """Say, before `attach`, which processes train this model; without it `attach` finds them.
+
+        Args:
+            group: a process group of torch.distributed, or Peers; None for this process alone, which then talks to no
+                other although torch.distributed is set up.
+
+        Returns:
+            self.
+        """
+        self._among = peers.of(group)
+        return self
+
+    def check_agreement(self) -> None:
+        """Check that all data-parallel processes hold the same masks; all of them call it. Alone it does nothing.
+
+        It is done after every revision by itself; masks that are held for long may be checked before they are saved.
+
+        Raises:
+            MaskError: in every process, naming rank and layer.
+        """
+        agreement.compare(self._peers, self.step, self._digests())
 
     def mask_gradients(self) -> None:
         """Set the gradients of masked weights to zero; call it before clipping, whose norm would count them otherwise.
@@ -284,6 +316,20 @@ class Sparsifier:
         shares = self.shares(params, density)
         return Masks({name: tighten(mask, scores[name], shares[name], self.pattern) for name, mask in masks.items()})
 
+    def averaged(self, statistics: Mapping[str, Tensor], weight: float = 1.0) -> dict[str, Tensor]:
+        """Return statistics of forward passes (activation norms, say) as means over all data-parallel processes.
+
+        Gradients are averaged by the time a method sees them; what it measures on its own batches is not, and must go
+        through here before it decides anything. All processes call it, in the same revision.
+
+        Args:
+            statistics: name -> floating-point tensor, of the same shapes in every process.
+            weight: what this process counts: how many examples it has seen, if not all have seen as many.
+        """
+        own = {name: tensor.detach().clone() for name, tensor in statistics.items()}
+        self._peers.mean_(list(own.values()), weight)
+        return own
+
     # ---- machinery ------------------------------------------------------------------------------------------------
 
     def before_step(self, params: Params) -> None:
@@ -309,6 +355,15 @@ class Sparsifier:
                     params[name].copy_(weight)
             self._restore(self._pending)
 
+    def _identity(self) -> dict[str, object]:
+        """Return what must be the same in every process for the masks to stay the same, as far as it can be told."""
+        shapes = [(name, tuple(param.shape)) for name, param in self._params.items()]
+        same = {"method": type(self).__name__, "density": self.density, "pattern": str(self.pattern), "every": self.every}
+        return {**same, "masked parameters": shapes, "step": self.step, "generator": self.generator.get_state().tolist()}
+
+    def _digests(self) -> dict[str, int]:
+        return dict(zip(self.masks, agreement.digests(self.masks), strict=True))
+
     def _is_masked(self, name: str, grad: Tensor) -> bool:
         """Tell whether `grad` was masked already: a new backward, after a skipped step say, makes it dense again."""
         return name in self._dense and self._dense[name][0] is grad and not bool(grad[~self.masks[name]].any())
@@ -333,15 +388,28 @@ class Sparsifier:
         grads = {name: p.grad.detach() for name, p in self._params.items() if p.grad is not None}
         grads |= {name: dense for name, (_, dense) in self._dense.items()}
         with torch.no_grad():
-            masks = self.revise(self._params, grads, self.step)
+            masks = self._revised(grads)
             if masks is not None:
-                self._change(self._check_masks(masks))
+                self._change(masks)
         self.before_step(self._params)
         self._dense = {}
         if masks is not None and self.skip_step:
             for one in self._optimizers:
                 one.zero_grad(set_to_none=True)
         return changed
+
+    def _revised(self, grads: Grads) -> Masks | None:
+        """Return the revised masks, if any, once every process has come to the same."""
+
+        def act() -> Masks | None:
+            masks = self.revise(self._params, grads, self.step)
+            return None if masks is None else self._check_masks(masks)
+
+        # Outside of `every` nothing is due, and nothing is exchanged that others might not be waiting for.
+        if self._peers.alone or self.step not in self.every:
+            return act()
+        agreement.check_joining(self._wrapper)
+        return agreement.revised(self._peers, self.step, self.masks, act)
 
     def _pre_other(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _evaluate_closure(args, kwargs)

@@ -70,6 +70,19 @@ def read(place: Path) -> Snapshot:
     return Snapshot(manifest["step"], tensors, manifest)
 
 
+def to_bytes(snapshot: Snapshot) -> bytes:
+    """Return a snapshot as one message, for processes that cannot read its folder."""
+    head = json.dumps(snapshot.manifest).encode()
+    return len(head).to_bytes(8, "little") + head + safetensors.torch.save(snapshot.tensors)
+
+
+def from_bytes(message: bytes) -> Snapshot:
+    """Return the snapshot that `to_bytes` was given."""
+    length = int.from_bytes(message[:8], "little")
+    manifest = json.loads(message[8 : 8 + length])
+    return Snapshot(manifest["step"], safetensors.torch.load(message[8 + length :]), manifest)
+
+
 def newest(folder: Path) -> tuple[Snapshot | None, list[str]]:
     """Return the newest checkpoint in `folder` that is whole, None if there is none, and a note for each damaged one.
 

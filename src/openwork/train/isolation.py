@@ -57,9 +57,9 @@ class Stop:
         if kind is None:
             self.check()
 
-    def check(self) -> None:
-        """Raise the KeyboardInterrupt that was asked for since, if any."""
-        if self.asked:
+    def check(self, asked: bool | None = None) -> None:
+        """Raise the KeyboardInterrupt that was asked for since, if any; `asked` is what several processes agreed on."""
+        if self.asked if asked is None else asked:
             self.asked = False
             raise KeyboardInterrupt
 

@@ -14,10 +14,12 @@ from torch import nn
 
 from openwork import atomic
 from openwork.errors import DivergedError, StoreError
-from openwork.train import checkpoints, state
+from openwork.train import checkpoints, divergence, state
 
 if TYPE_CHECKING:
     from openwork.sparsifier.sparsifier import Sparsifier
+    from openwork.train.ddp import Team
+    from openwork.train.state import Snapshot
 
 _POINTS = 200
 
@@ -44,7 +46,10 @@ class History:
 
 
 class Keeper:
-    """Counts the steps, keeps the history, and writes both to checkpoints with the rest of the state."""
+    """Counts the steps, keeps the history, and writes both to checkpoints with the rest of the state.
+
+    Of several processes that train together the first one reads and writes for all.
+    """
 
     def __init__(
         self,
@@ -54,9 +59,10 @@ class Keeper:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         sparsifier: Sparsifier | None,
+        team: Team,
     ) -> None:
         self.folder, self.every_seconds, self.run = folder, every_seconds, run
-        self.parts = (model, optimizer, sparsifier)
+        self.parts, self.team = (model, optimizer, sparsifier), team
         self.step = self.resumed = 0
         self.losses: list[tuple[int, float]] = []
         self.notes: list[str] = []
@@ -64,33 +70,47 @@ class Keeper:
         self.spent = 0.0
         self.began = self.saved_at = time.monotonic()
         self.saved_step: int | None = None
+        self.checked_step: int | None = None
         self.stride = max(1, run["steps"] // _POINTS)
 
     def resume(self) -> None:
         """Take over from the newest whole checkpoint, if there is one."""
         if self.folder is None:
             return
-        snapshot, self.notes = checkpoints.newest(self.folder)
+        if self.team.peers.alone:
+            snapshot = self._newest(self.folder)
+        else:
+            folder = self.folder
+            message = self.team.peers.ask(lambda: _sent(self._newest(folder)))
+            snapshot = checkpoints.from_bytes(message) if message else None
         if snapshot is None:
-            # For the reader, and so that a folder that cannot be written to is refused before the work, not after it.
-            atomic.write_json(self.folder / "run.json", self.run)
             return
         extra = snapshot.manifest["extra"]
+        state.restore(snapshot, *self.parts)
+        if extra["place"] != self._place():
+            self.note(f"continued under {self._place()}, begun under {extra['place']}: not bit for bit the same run")
+        self.step = self.resumed = self.saved_step = snapshot.step
+        self.losses = [(int(step), float(loss)) for step, loss in extra["losses"]]
+        self.spent = float(extra["seconds"])
+
+    def _newest(self, folder: Path) -> Snapshot | None:
+        """Return the newest whole checkpoint of this run; where there is none, begin the folder."""
+        snapshot, self.notes = checkpoints.newest(folder)
+        if snapshot is None:
+            # For the reader, and so that a folder that cannot be written to is refused before the work, not after it.
+            atomic.write_json(folder / "run.json", self.run)
+            return None
+        extra = snapshot.manifest["extra"]
         if not extra.keys() >= {"run", "place", "losses", "seconds"}:
-            raise StoreError(f"the checkpoints in {self.folder} were not written by fit; choose another folder")
+            raise StoreError(f"the checkpoints in {folder} were not written by fit; choose another folder")
         for key, value in self.run.items():
             before = extra["run"].get(key)
             if before != value:
                 raise StoreError(
-                    f"the checkpoints in {self.folder} are of another run: {key!r} was {before}, now it is {value}; "
+                    f"the checkpoints in {folder} are of another run: {key!r} was {before}, now it is {value}; "
                     "choose another folder or remove that one"
                 )
-        state.restore(snapshot, *self.parts)
-        if extra["place"] != _place():
-            self.note(f"continued under {_place()}, begun under {extra['place']}: not bit for bit the same run")
-        self.step = self.resumed = self.saved_step = snapshot.step
-        self.losses = [(int(step), float(loss)) for step, loss in extra["losses"]]
-        self.spent = float(extra["seconds"])
+        return snapshot
 
     def done(self, step: int, loss: float) -> None:
         """Count one step."""
@@ -99,33 +119,51 @@ class Keeper:
         self.step = step + 1
         self.consistent = True
 
-    def save_if_due(self) -> None:
-        """Write a checkpoint if the last one is old."""
-        if self.folder is not None and time.monotonic() - self.saved_at >= self.every_seconds:
+    def due(self) -> bool:
+        """Tell whether the last checkpoint is old."""
+        return self.folder is not None and time.monotonic() - self.saved_at >= self.every_seconds
+
+    def save_if_due(self, due: bool | None = None) -> None:
+        """Write a checkpoint if the last one is old, or if several processes agreed that it is."""
+        if self.due() if due is None else due:
             self.save()
 
-    def save(self) -> None:
+    def save(self, check: bool = True) -> None:
         """Write a checkpoint, unless this step has one; a full disk costs the checkpoint, not the run.
+
+        Processes that train together all call it, and first check that they hold the same state.
 
         Raises:
             DivergedError: if a parameter is not finite.
+            MaskError: if the processes do not hold the same masks.
+            ModelError: if they do not hold the same weights.
         """
+        model, _, sparsifier = self.parts
+        if check and self.checked_step != self.step:
+            self.team.check(sparsifier)
+            self.checked_step = self.step
         if self.folder is None or self.saved_step == self.step:
             return
-        extra = {"run": self.run, "place": _place(), "losses": self.losses, "seconds": self.seconds()}
-        snapshot = state.capture(*self.parts, self.step, extra)
-        try:
-            checkpoints.write(self.folder, snapshot)
-            self.saved_step = self.step
-        except StoreError as error:
-            self.note(f"no checkpoint of step {self.step}: {error}")
+        if self.team.peers.first:
+            self._write(self.folder)
+        else:
+            divergence.check_parameters(model, self.step)
         self.saved_at = time.monotonic()
 
     def save_at_stop(self) -> None:
         """Write a checkpoint of an interrupted run, if its state is that between two steps and finite."""
         if self.consistent:
             with contextlib.suppress(DivergedError):
-                self.save()
+                self.save(check=False)
+
+    def _write(self, folder: Path) -> None:
+        extra = {"run": self.run, "place": self._place(), "losses": self.losses, "seconds": self.seconds()}
+        snapshot = state.capture(*self.parts, self.step, extra)
+        try:
+            checkpoints.write(folder, snapshot)
+            self.saved_step = self.step
+        except StoreError as error:
+            self.note(f"no checkpoint of step {self.step}: {error}")
 
     def seconds(self) -> float:
         """Return the time spent in training so far."""
@@ -140,6 +178,11 @@ class Keeper:
         """Return the history up to here."""
         return History(self.step, tuple(self.losses), self.seconds(), self.resumed, tuple(self.notes))
 
+    def _place(self) -> str:
+        world = self.team.peers.world
+        shared = f" in {world} processes" if world > 1 else ""
+        return f"torch {torch.__version__} with {torch.get_num_threads()} threads{shared}"
 
-def _place() -> str:
-    return f"torch {torch.__version__} with {torch.get_num_threads()} threads"
+
+def _sent(snapshot: Snapshot | None) -> bytes:
+    return b"" if snapshot is None else checkpoints.to_bytes(snapshot)

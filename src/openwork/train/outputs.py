@@ -10,10 +10,10 @@ from openwork.core.metrics import IGNORED
 from openwork.errors import ModelError
 
 
-def cross_entropy(scores: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+def cross_entropy(scores: Tensor, targets: Tensor, smoothing: float = 0.0, of: float | None = None) -> Tensor:
     """Return the mean cross-entropy of logits (..., classes) against class numbers (...), in nats.
 
-    Targets equal to `core.metrics.IGNORED` do not count.
+    Targets equal to `core.metrics.IGNORED` do not count. With `of` the sum is divided by it rather than by their number.
 
     Raises:
         ModelError: if the shapes disagree.
@@ -24,7 +24,11 @@ def cross_entropy(scores: Tensor, targets: Tensor, smoothing: float = 0.0) -> Te
             "expected the shape of the targets with the classes as a last axis"
         )
     flat = scores.reshape(-1, scores.shape[-1]) if scores.dim() != 2 else scores
-    return functional.cross_entropy(flat, targets.reshape(-1), ignore_index=IGNORED, label_smoothing=smoothing)
+    how = "mean" if of is None else "sum"
+    loss = functional.cross_entropy(
+        flat, targets.reshape(-1), ignore_index=IGNORED, label_smoothing=smoothing, reduction=how
+    )
+    return loss if of is None else loss / of
 
 
 def device_of(model: nn.Module) -> torch.device:

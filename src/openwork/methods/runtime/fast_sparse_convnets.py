@@ -161,7 +161,8 @@ class FastSparseConvNets(GMP):
         if step not in self.every:
             return None
         scores = self.score(params, criteria.magnitude if self.norm == "l1" else _square)
-        shares = self.shares(params, self.target(step))
+        final, now = self.shares(params), self.shares(params, self.target(step))
+        shares = {name: max(share, final[name]) for name, share in now.items()}  # rounding may take what none gives back
         on = {name: scores[name].where(mask, -1.0) for name, mask in self.masks.items()}  # what is off stays off
         return Masks({name: self.patterns[name].select(on[name], shares[name]) & self.masks[name] for name in params})
 

@@ -31,7 +31,8 @@ from openwork.core.rng import generator
 from openwork.core.schedules import Every
 from openwork.core.select import top
 from openwork.errors import MethodError
-from openwork.sparsifier.parameters import Choice, maskable
+from openwork.sparsifier import peers
+from openwork.sparsifier.parameters import Choice, maskable, unwrap
 from openwork.sparsifier.sparsifier import Params, Sparsifier
 
 CARD = Card(
@@ -101,8 +102,12 @@ def snip_scores(
     redraw: bool = True,
     seed: int = 0,
     parameters: Choice = None,
+    group: Any = "auto",
 ) -> dict[str, Tensor]:
     """Return |w dL/dw| of one batch for every maskable parameter (Lee et al. 2019), on a copy of the model.
+
+    In data-parallel training every process gives its own part of the batch and all get the scores of the whole: the
+    gradients are averaged, each part counting by its examples, before the product is taken.
 
     Args:
         model: any module; not changed.
@@ -111,14 +116,19 @@ def snip_scores(
         redraw: draw the copy's weights anew, Xavier-normal, as the released code does.
         seed: seed of that draw.
         parameters: which parameters (see `openwork.sparsifier.parameters.maskable`).
+        group: the processes that share the batch, all of which call this: those of the model's DistributedDataParallel
+            wrapper or else of torch.distributed's default group ("auto"), a process group, or None for this one alone.
     """
-    copy = deepcopy(model).train()
+    sharing = peers.around(model) if isinstance(group, str) else peers.of(group)
+    copy = deepcopy(unwrap(model)).train()
     params = maskable(copy, parameters)
+    sharing.copy_first_([tensor.detach() for tensor in (*copy.parameters(), *copy.buffers())])
     if redraw:
         for name, param in params.items():
             _xavier_normal(param, generator(seed, "snip", name))
     x, y = batch
     grads = torch.autograd.grad(loss(copy(x), y), list(params.values()))
+    sharing.mean_(grads, len(x))
     return {
         name: criteria.snip(param, Context(name=name, grad=grad))
         for (name, param), grad in zip(params.items(), grads, strict=True)
@@ -132,11 +142,13 @@ def grasp_scores(
     loss: Loss = F.cross_entropy,
     temperature: float = 200.0,
     parameters: Choice = None,
+    group: Any = "auto",
 ) -> dict[str, Tensor]:
     """Return w (Hg) for every maskable parameter (Wang et al. 2020, Eq. 8), on a copy with the model's own weights.
 
     H and g are of the mean loss over the batches, with logits divided by `temperature`. The highest scores stay, so
-    the paper's -w (Hg), whose largest are pruned, has the opposite sign.
+    the paper's -w (Hg), whose largest are pruned, has the opposite sign. In data-parallel training the mean is over the
+    batches of all processes.
 
     Args:
         model: any module; not changed.
@@ -144,21 +156,26 @@ def grasp_scores(
         loss: (output, target) -> scalar.
         temperature: divisor of the logits (T).
         parameters: which parameters (see `openwork.sparsifier.parameters.maskable`).
+        group: the processes that share the batches, as for `snip_scores`.
     """
-    copy = deepcopy(model).train()
+    sharing = peers.around(model) if isinstance(group, str) else peers.of(group)
+    copy = deepcopy(unwrap(model)).train()
     params = maskable(copy, parameters)
+    sharing.copy_first_([tensor.detach() for tensor in (*copy.parameters(), *copy.buffers())])
     weights = list(params.values())
     batches = list(batches)
     fixed = [torch.zeros_like(weight) for weight in weights]
     for x, y in batches:
         for total, grad in zip(fixed, torch.autograd.grad(loss(copy(x) / temperature, y), weights), strict=True):
             total += grad / len(batches)
+    sharing.mean_(fixed, len(batches))
     products = [torch.zeros_like(weight) for weight in weights]
     for x, y in batches:
         grads = torch.autograd.grad(loss(copy(x) / temperature, y), weights, create_graph=True)
         inner = torch.stack([(g * f).sum() for g, f in zip(grads, fixed, strict=True)]).sum()
         for total, product in zip(products, torch.autograd.grad(inner, weights), strict=True):
             total += product / len(batches)
+    sharing.mean_(products, len(batches))
     return {
         name: criteria.grasp(param, Context(name=name, statistic=product))
         for (name, param), product in zip(params.items(), products, strict=True)
