@@ -50,7 +50,7 @@ def test_the_blocks_of_a_page_run(page, place):
         ("```sh\necho $undefined\n```\n", 2),
         ("```sh\necho one\n```\n<!-- output -->\n```text\ntwo\n```\n", 6),
         ("```python\nprint('one')\n```\n<!-- output -->\n```text\none\ntwo\n```\n", 6),
-        ("```bash\nopenwork compare --model nothing-like-this\n```\n", 2),
+        ("```bash\nopenwork show nothing-like-this\n```\n", 2),
     ],
 )
 def test_a_block_that_fails_fails_the_page_and_names_its_line(text, line, place):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -161,3 +162,26 @@ def test_prose_keeps_code_and_shows_the_rest_as_it_stands():
     assert prose("`a_b*c` and a*b <c> [d](e) |w| {{x}}") == (
         "`a_b*c` and a\\*b &#60;c&#62; \\[d\\](e) \\|w\\| &#123;&#123;x&#125;&#125;"
     )
+
+
+def test_optional_pages_are_in_the_navigation_when_they_are_there(tmp_path):
+    if MISSING:
+        pytest.skip(f"not installed: {', '.join(MISSING)}; pip install 'openwork[docs]'")
+    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs" / "_hooks" / "site.py")
+    assert spec is not None
+    assert spec.loader is not None
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    (tmp_path / "results").mkdir()
+    for name in ("index.md", "scale.md", "results/README.md", "results/rigl.md"):
+        (tmp_path / name).write_text("# page")
+    config = SimpleNamespace(
+        docs_dir=str(tmp_path),
+        nav=[{"Home": "index.md"}, {"Guides": [{"Machines": "scale.md"}, {"Page": "serve.md"}]}, {"Only": ["serve.md"]},
+             {"Results": ["results/", "why.md"]}],
+    )  # fmt: skip
+    assert hooks.on_config(config).nav == [
+        {"Home": "index.md"},
+        {"Guides": [{"Machines": "scale.md"}]},
+        {"Results": ["results/README.md", "results/rigl.md", "why.md"]},
+    ]

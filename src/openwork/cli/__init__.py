@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 
@@ -29,25 +30,56 @@ def _options(version: bool = typer.Option(False, "--version", help="Print the ve
         raise typer.Exit
 
 
-def _register() -> None:
-    from openwork.cli import bench, compare, data, doctor, essential, methods, report, serve, sparsify, study
+COMMANDS = {
+    "compare": ("compare", "Train methods under one budget and show what each keeps, costs and gains."),
+    "study": ("study", "Test a paper's claim: run its study, judge it, and write results and report."),
+    "sparsify": (
+        "sparsify",
+        "Prune a pretrained transformer in one shot and save it: transformers opens the folder, openwork its small file.",
+    ),
+    "essential": (
+        "essential",
+        "Prune a pretrained model once at every sparsity of a grid and show where its quality drops.",
+    ),
+    "bench": (
+        "bench",
+        "Time dense torch (eager, channels last, compiled), the peers and openwork side by side; check every output first.",
+    ),
+    "list": ("methods:list_methods", "List the methods with what they claim."),
+    "show": ("methods:show", "Show a method: paper, claim, departures, and how to use it."),
+    "data": ("data", "Named data sets: what there is, where it lies, and fetching it ahead of time."),
+    "report": ("report", "Build a run's HTML report again and print its table, or export its results."),
+    "serve": ("serve", "Show every run on this machine in one local page, which only reads."),
+    "doctor": (
+        "doctor",
+        "Check the installation; with --long or --short, measure how reliable openwork is on this machine.",
+    ),
+}
+"""Where each command is and its first sentence, so that `openwork --help` imports none of them."""
 
-    app.command("compare")(compare.command())
-    app.command("study")(study.study)
-    app.command("sparsify")(sparsify.sparsify)
-    app.command("essential")(essential.essential)
-    app.command("bench")(bench.bench)
-    app.command("list")(methods.list_methods)
-    app.command("show")(methods.show)
-    app.add_typer(data.app, name="data")
-    app.command("report")(report.report)
-    app.command("serve")(serve.serve)
-    app.command("doctor")(doctor.doctor)
+
+def register(asked: str | None) -> None:
+    """Add the commands to the app: `asked` as it is, or all if it is None; the others by their first sentence only."""
+    for name, (home, line) in COMMANDS.items():
+        if asked not in (name, None):
+            app.command(name, help=line)(_elsewhere)
+            continue
+        module, _, function = home.partition(":")
+        found = importlib.import_module(f"openwork.cli.{module}")
+        if isinstance(group := getattr(found, "app", None), typer.Typer):
+            app.add_typer(group, name=name)
+        else:
+            app.command(name)(found.command() if hasattr(found, "command") else getattr(found, function or module))
+
+
+def _elsewhere() -> None:
+    """Stand for a command that was not asked for."""
 
 
 def main() -> None:
     """Run the command line; an openwork error is one sentence on standard error and exit status 2."""
-    _register()
+    completing = any(name.startswith("_OPENWORK_") for name in os.environ)  # a shell asks for words
+    register(None if completing else next((word for word in sys.argv[1:] if not word.startswith("-")), ""))
     try:
         app()
     except OpenworkError as error:

@@ -75,6 +75,25 @@ def open_folder(folder: Path) -> Source:
     return source
 
 
+def check_depth(config: object, tensors: int, folder: Path) -> None:
+    """Refuse a config with more layers than there are tensors: it would be built for hours, or fill the memory.
+
+    Args:
+        config: with `num_hidden_layers`, under which transformers' configs answer whatever they call it; or without.
+        tensors: how many the folder holds.
+        folder: for the message.
+
+    Raises:
+        FormatError: says both numbers.
+    """
+    layers = getattr(config, "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > tensors:
+        raise FormatError(
+            f"{CONFIG} in {str(folder)!r} asks for {layers:,} layers, but the files hold {tensors:,} tensors: fetch config "
+            "and weights of one model"
+        )
+
+
 def read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
     """Read tensors of one safetensors file, all by default; the file is closed before this returns.
 

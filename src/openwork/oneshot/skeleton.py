@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from openwork.errors import FormatError, MissingExtra, ModelError
-from openwork.oneshot.folder import CONFIG, Source, floating
+from openwork.oneshot.folder import CONFIG, Source, check_depth, floating
 
 
 def build(source: Source, architecture: str | None) -> nn.Module:
@@ -33,6 +33,7 @@ def build(source: Source, architecture: str | None) -> nn.Module:
     except Exception as error:  # a hostile config may fail in any way
         what = f"{error}".splitlines()[0][:200] if str(error) else type(error).__name__
         raise FormatError(f"{CONFIG} in {str(source.folder)!r} is no config that transformers knows: {what}") from error
+    check_depth(config, len(source.files), source.folder)
     name = architecture or next(iter(getattr(config, "architectures", None) or []), None)
     kind = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):

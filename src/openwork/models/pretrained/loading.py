@@ -26,6 +26,7 @@ from openwork.models.pretrained.folder import (
     transformers,
 )
 from openwork.models.pretrained.pooling import Pooling
+from openwork.oneshot.folder import check_depth
 from openwork.runtime import files
 
 Kind = Literal["causal", "masked", "encoder"]
@@ -99,6 +100,7 @@ def load(
     state = _state(folder)
     if state is None:
         checks.check_files(folder)
+    check_depth(config, checks.count(folder) if state is None else len(state), folder)
     tokenizer = tokenizing.load(folder)
     given = [ignore] if isinstance(ignore, str) else list(ignore)
     made = _made(made_class, folder, config, state, DTYPES.get(dtype, "auto"), given)
