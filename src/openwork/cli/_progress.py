@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import Counter
 from typing import Any
@@ -10,12 +11,33 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from openwork.errors import RecipeError
 from openwork.lab import sweep
+from openwork.lab.engines import catalog
 from openwork.lab.engines.catalog import Engine
 from openwork.lab.spec import Trial
 from openwork.lab.sweep import Plan
 
 WATCHED = 512
+
+
+def engine(name: str, address: str | None) -> tuple[Engine, int]:
+    """Return where trials run, and how many processes share each: those of torchrun, if it started this command.
+
+    Raises:
+        RecipeError: for an engine or address that does not exist, or one beside torchrun.
+        typer.Exit: in all processes of torchrun but the first, which have nothing to do.
+    """
+    from openwork.lab import ddp_trial
+
+    processes = ddp_trial.asked_by_torchrun()
+    if processes is None:
+        return catalog.find(name, address), 1
+    if processes == 0:
+        raise typer.Exit
+    if name != catalog.LOCAL:
+        raise RecipeError(f"--engine {name} under torchrun: give one of them, torchrun runs each trial in its own processes")
+    return functools.partial(ddp_trial.run, processes=processes), processes
 
 
 def announce(console: Console, made: Plan) -> None:

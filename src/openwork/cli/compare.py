@@ -73,12 +73,11 @@ def run(recipe: Recipe, *, quiet: bool = False) -> None:
     with console.status("reading data and model ..."):
         from openwork.cli import _finish, _progress
         from openwork.lab import compare, sweep
-        from openwork.lab.engines import catalog
         from openwork.web import places
 
-        engine = catalog.find(recipe.engine, recipe.address)
+        engine, processes = _progress.engine(recipe.engine, recipe.address)
         folder = Path(recipe.run_folder())
-        made = sweep.plan(compare.STUDY, recipe, folder, threads=recipe.threads)
+        made = sweep.plan(compare.STUDY, recipe, folder, threads=recipe.threads, processes=processes)
     with made.store.lock():
         places.remember(folder)
         if made.missing:

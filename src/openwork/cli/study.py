@@ -10,7 +10,6 @@ from rich.console import Console
 
 from openwork import registry
 from openwork.errors import OpenworkError, RecipeError
-from openwork.lab.engines import catalog
 from openwork.lab.engines.catalog import Engine
 from openwork.lab.spec import read_recipe
 
@@ -56,11 +55,13 @@ def study(
     if (name is None) != every:
         raise RecipeError(f"name one study or give --all; known are {', '.join(registry.study_names())}")
     values = read_recipe("\n".join(_line(one) for one in settings or []), "--set")
-    where = catalog.find(engine, address)
+    from openwork.cli import _progress
+
+    where, processes = _progress.engine(engine, address)
     trouble: list[str] = []
     for one in registry.study_names() if name is None else [registry.card(name).name]:
         try:
-            _run(one, preset, values, out, docs, workers, threads, timeout, quiet, where)
+            _run(one, preset, values, out, docs, workers, threads, timeout, quiet, where, processes)
         except OpenworkError as error:
             if not every:
                 raise
@@ -71,7 +72,7 @@ def study(
 
 def _run(
     name: str, preset: str, values: dict[str, object], out: str | None, docs: str | None, workers: int, threads: int,
-    timeout: float | None, quiet: bool, engine: Engine,
+    timeout: float | None, quiet: bool, engine: Engine, processes: int,
 ) -> None:  # fmt: skip
     from openwork.cli import _finish, _progress
     from openwork.lab import sweep
@@ -82,7 +83,7 @@ def _run(
     console.rule(f"[bold]{name}[/] {preset}", align="left")
     found = find(name)
     folder = Path(out or f"runs/study-{name}-{preset}")
-    made = sweep.plan(found, found.preset(preset, **values), folder, threads=threads)
+    made = sweep.plan(found, found.preset(preset, **values), folder, threads=threads, processes=processes)
     with made.store.lock():
         places.remember(folder)
         _progress.announce(console, made)

@@ -66,7 +66,8 @@ def identity(trial: Trial) -> dict[str, Any]:
 
     study = find(trial.study)
     config = study.config.read(trial.config)
-    return {**environment.identity(int(trial.identity.get("threads", 1)), study), **config.identity()}
+    made = {**environment.identity(int(trial.identity.get("threads", 1)), study), **config.identity()}
+    return {**made, "processes": trial.identity["processes"]} if "processes" in trial.identity else made
 
 
 def _short(value: Any) -> str:

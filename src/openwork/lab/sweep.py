@@ -52,11 +52,21 @@ class Plan:
         return list({trial.key: trial for trial in self.trials if trial.key not in self.results}.values())
 
 
-def plan(study: Study, config: Config, folder: Path, *, threads: int = 1) -> Plan:
-    """Return the sweep of a study, with the trials that are finished already."""
+def plan(study: Study, config: Config, folder: Path, *, threads: int = 1, processes: int = 1) -> Plan:
+    """Return the sweep of a study, with the trials that are finished already.
+
+    Args:
+        study: the study.
+        config: its configuration.
+        folder: of the run.
+        threads: of each trial.
+        processes: that share each trial (`lab.ddp_trial`): the last digits of a result depend on their number.
+    """
     store = Store(folder)
     arms = list(study.arms(config))
     identity = {**environment.identity(threads, study), **config.identity()}
+    if processes > 1:
+        identity["processes"] = processes
     full, content = config.model_dump(mode="json"), config.content()
     trials = [
         Trial(study.name, full, content, arm, seed, identity) for seed in range(config.seeds) for arm in arms

@@ -23,6 +23,10 @@ _REMEDY = (
     "start one with `ray start --head` (and `ray start --address HOST:PORT` on every other machine), give the address it "
     "prints, or use --address local"
 )
+_TOKEN = (
+    "if the cluster was started with a token, as newer versions of Ray do, set RAY_AUTH_MODE=token and have the token in "
+    "RAY_AUTH_TOKEN or ~/.ray/auth_token"
+)
 
 
 @dataclass(frozen=True)
@@ -135,9 +139,12 @@ def _join(ray: ModuleType, address: str) -> None:
     except OpenworkError:
         raise
     except ConnectionError as error:
+        if address != "auto":
+            raise TrialError(f"what listens at {address!r} lets this process into no Ray cluster: {_TOKEN}") from error
         raise TrialError(f"there is no Ray cluster at the address {address!r}: {_REMEDY}") from error
     except Exception as error:
-        raise TrialError(f"the Ray cluster at {address!r} does not take this process: {_sentence(error)}") from error
+        why = _sentence(error)
+        raise TrialError(f"the Ray cluster at {address!r} does not let this process in: {why}; {_TOKEN}") from error
 
 
 def _init(ray: ModuleType, **options: Any) -> None:
