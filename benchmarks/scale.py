@@ -4,6 +4,8 @@
 
 Trials are empty, so all their time is overhead: planning, a child process, its result on disk. Stored results are as
 large as those of a comparison. Writes scale.json and scale.md.
+
+Every child imports this file, so what only the measurement needs is imported where it is used.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
-from unittest import mock
 
 from openwork import atomic
 from openwork.core.rng import generator
@@ -28,8 +29,6 @@ from openwork.lab.engines import catalog, cluster
 from openwork.lab.spec import Arm, Config
 from openwork.lab.store import read_json, write_result
 from openwork.lab.study import Outcome, Study, Work
-from openwork.report import html
-from openwork.report.tables import markdown
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "results"
 ARMS = 20  # of a sweep whose trials grow with its seeds
@@ -102,6 +101,8 @@ def overhead(engine: str, sizes: list[int]) -> list[dict[str, Any]]:
 
 def fill(made: sweep.Plan) -> None:
     """Store a result for every trial, as large as that of a comparison; not synced to the disk, which is not measured."""
+    from unittest import mock
+
     with mock.patch("os.fsync"):
         for trial in made.missing:
             noise = generator(trial.seed, "scale", trial.arm.name).initial_seed() % 1000 / 1e5
@@ -123,6 +124,8 @@ def growth(sizes: list[tuple[int, int]], repeats: int = 3) -> list[dict[str, Any
 
 
 def _second_call(stored: int, arms: int, repeats: int) -> dict[str, Any]:
+    from openwork.report import html
+
     parts: dict[str, list[float]] = {"plan": [], "one missing": [], "results": [], "write": [], "report": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -162,6 +165,8 @@ def claims(overheads: list[dict[str, Any]], grown: list[dict[str, Any]]) -> list
 
 
 def page(found: dict[str, Any]) -> str:
+    from openwork.report.tables import markdown
+
     machine = found["environment"]
     over = [
         [row["engine"], f"{row['trials']:,}", f"{row['seconds']:.2f}", f"{1e3 * row['seconds'] / row['trials']:.0f}",

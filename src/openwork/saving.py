@@ -110,7 +110,7 @@ def load(path: str | Path, model: nn.Module | None = None, *, plan: bool = True)
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state of a model under its own names, without the prefixes of `torch.compile` and DistributedDataParallel."""
+    """Return the state of a model under its own names, without the prefixes of compiled and data-parallel wrappers."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"a {type(model).__name__} is no model: give a torch.nn.Module")
     state = {key.replace(_COMPILED, ""): value for key, value in unwrap(model).state_dict().items()}

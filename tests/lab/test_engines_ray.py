@@ -113,7 +113,7 @@ def test_a_comparison_of_the_users_own_code_from_the_command_line(tmp_path):
     for name, more in {"ray": ["--engine", "ray", "--address", address], "local": []}.items():
         done = subprocess.run(
             [sys.executable, "-m", "openwork", *words, "--out", name, *more], cwd=tmp_path, capture_output=True, text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, check=False,
+            env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, check=False, timeout=120,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         trials = json.loads((tmp_path / name / "results.json").read_text())["trials"]

@@ -219,3 +219,4 @@ def _say(text: str) -> None:
 
 if __name__ == "__main__":
     main()
+    os._exit(0)  # taking down all that was imported would take a second that the sweep waits for

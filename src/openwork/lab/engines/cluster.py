@@ -55,7 +55,7 @@ def library() -> ModuleType:
             import ray
     except ImportError as error:
         raise MissingExtra("the engine 'ray' needs Ray: pip install 'openwork[ray]'") from error
-    return ray  # type: ignore[no-any-return]
+    return ray
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from openwork.data.source import Source
 
-PROCESS = 512 << 20  # bytes: an interpreter that has imported torch and openwork, with its heap
+PROCESS = 640 << 20  # bytes: an interpreter that has imported torch and openwork, with its heap
 UNKNOWN = 1 << 30  # bytes for a trial whose model or data cannot be told from its settings
 _EVALUATED = 512  # examples that are evaluated at a time
 _RANKING = 14.0  # bytes a byte of weight: masks, and what methods need for a moment to rank all weights or average models
