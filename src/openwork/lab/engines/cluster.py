@@ -140,7 +140,8 @@ def _join(ray: ModuleType, address: str) -> None:
         raise
     except ConnectionError as error:
         if address != "auto":
-            raise TrialError(f"what listens at {address!r} lets this process into no Ray cluster: {_TOKEN}") from error
+            why = _sentence(error)
+            raise TrialError(f"what listens at {address!r} lets us into no Ray cluster ({why}): {_TOKEN}") from error
         raise TrialError(f"there is no Ray cluster at the address {address!r}: {_REMEDY}") from error
     except Exception as error:
         why = _sentence(error)
