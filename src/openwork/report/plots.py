@@ -103,8 +103,9 @@ def layers(results: Results, width: float = 640.0, name: str = "layers") -> str:
         _log_axis(axes, [density, *(x for one in found for x in one.y if x > 0.0)], percent)
         axes.axvline(density, color=INK, linewidth=0.7, alpha=0.5)
         axes.set_xlabel("weights kept")
+        looks = styles(lines(results))
         for one in found:
-            look = styles(lines(results))[one.name]
+            look = looks[one.name]
             places = [names.index(place) for place in one.labels]
             axes.plot([max(y, 1e-9) for y in one.y], places, color=look.colour, linewidth=0.8, linestyle=look.line,
                       marker=look.marker, markersize=4.0, markeredgewidth=0.0, alpha=0.9)  # fmt: skip
@@ -139,8 +140,9 @@ def loss(results: Results, width: float = 640.0, name: str = "loss") -> str:
         else:
             axes.tick_params(axis="y", labelleft=False)
         axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.5)
+        looks = styles(lines(results))
         for one in found:
-            look = styles(lines(results))[one.name]
+            look = looks[one.name]
             axes.plot(one.x, one.y, color=look.colour, linewidth=1.1, linestyle=look.line, alpha=0.9)
 
     alt = f"Training loss over the steps at {listing([percent(d) for d, _ in panels])} density."
