@@ -25,7 +25,7 @@ from openwork.runtime.kernels import layout as copies
 from openwork.runtime.kernels import spmm as kernel
 from openwork.runtime.kernels.activations import Act
 from openwork.runtime.kernels.target import Target, host, targets
-from openwork.runtime.launching import Pool, Ready
+from openwork.runtime.launching import KEYS, Pool, Ready
 from openwork.runtime.product import HELD, LINE
 from openwork.runtime.spmm import PackedSpMM, spmm_tokens, then
 from openwork.runtime.timing import interleave
@@ -66,6 +66,7 @@ class Chain:
     def __init__(self, links: Sequence[Link]) -> None:
         self.links = tuple(links)
         self._pool: Pool[Key] = Pool(self._ready)
+        self._known: dict[Key, int] = {}  # vectors of a tile by key, so that a call asks no file and writes no string
 
     def __reduce__(self) -> tuple[object, tuple[object, ...]]:
         return type(self), (self.links,)
@@ -126,6 +127,7 @@ class Chain:
         calls = {str(one): functools.partial(self.run, x, vectors=one) for one in sizes}
         times = interleave(calls, seconds=seconds)
         tuning.keep(place, Tiling(int(min(times, key=lambda name: times[name])), 1))
+        self._known = {}
 
     def _key(self, x: Tensor, target: Target, threads: int | None, vectors: int | None) -> Key:
         count = len(x)
@@ -135,10 +137,17 @@ class Chain:
         some = min(count, 64 * max(1, HELD * threads // (256 * sizes)))
         key = Key(target.name, some, 4 * x.stride(0), threads, vectors or 0)
         if vectors is None:
-            known = tuning.recall(self._kept_under(key))
-            key = key._replace(vectors=WIDEST[0] if known is None else known.vectors)
+            key = key._replace(vectors=self._known.get(key) or self._recalled(key))
         total = -(-key.tokens // target.lanes)
         return key._replace(vectors=-(-total // -(-total // key.vectors)))
+
+    def _recalled(self, key: Key) -> int:
+        found = tuning.recall(self._kept_under(key))
+        vectors = WIDEST[0] if found is None else found.vectors
+        if len(self._known) >= KEYS:
+            self._known = {}
+        self._known[key] = vectors
+        return vectors
 
     def _kept_under(self, key: Key) -> str:
         shapes = "-".join(f"{link.packed.shape[0]}x{link.packed.shape[1]}r{link.packed.block}" for link in self.links)
