@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -84,6 +85,14 @@ def test_from_the_first_page_to_ctrl_c(tmp_path: Path) -> None:
         rest = process.stdout.read()
         assert process.wait(timeout=60) == 0
         assert rest.strip() == "ended"
+
+
+@pytest.mark.parametrize("moment", [0, 0.02, 0.2])
+def test_ctrl_c_ends_it_from_the_moment_at_which_the_address_is_told(tmp_path: Path, moment: float) -> None:
+    with served(str(tmp_path), cwd=tmp_path) as (process, _):
+        time.sleep(moment)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 0
 
 
 def test_other_interfaces_need_the_token_that_is_printed(tmp_path: Path) -> None:

@@ -6,10 +6,13 @@ import errno
 import ipaddress
 import os
 import secrets
+import signal
 import socket
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -51,15 +54,16 @@ def serve(
         token = None if is_loopback(host) else secrets.token_urlsafe(24)
         url = address(host, listening.getsockname()[1], token)
         with console.status("starting ..."):
-            application = _application(folders, host, token)
-        threading.Thread(target=_warm, daemon=True).start()
-        console.print(f"runs at {url}", markup=False)
-        if token is not None:
-            console.print("whoever knows this address can read the runs, and it travels unencrypted: keep it to yourself")
-        console.print("Ctrl-C ends it")
-        if show:
-            threading.Thread(target=_open, args=(url,), daemon=True).start()
-        _run(application, listening)
+            server = _server(_application(folders, host, token))
+        with _interruptible(server):
+            threading.Thread(target=_warm).start()  # waited for at the end: an exit in the middle of an import may hang
+            console.print(f"runs at {url}", markup=False)
+            if token is not None:
+                console.print("whoever knows this address can read the runs; it travels unencrypted: keep it to yourself")
+            console.print("Ctrl-C ends it")
+            if show:
+                threading.Thread(target=_open, args=(url,), daemon=True).start()
+            server.run(sockets=[listening])
         console.print("ended")
 
 
@@ -117,18 +121,31 @@ def _application(folders: list[str] | None, host: str, token: str | None) -> Any
     return create(folders or None, token=token, hosts=hosts(host))
 
 
-def _run(application: Any, listening: socket.socket) -> None:
-    """Serve until Ctrl-C."""
+def _server(application: Any) -> Any:
     import uvicorn
 
     config = uvicorn.Config(
         application, log_level="warning", access_log=False, server_header=False, ws="none", lifespan="off",
         timeout_graceful_shutdown=2, date_header=False, proxy_headers=False,
     )  # fmt: skip
+    return uvicorn.Server(config)
+
+
+@contextmanager
+def _interruptible(server: Any) -> Iterator[None]:
+    """Let Ctrl-C tell the server to end, also before it runs.
+
+    An exception would do only where Python does not swallow it, as it does in the callbacks of an import.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        server.should_exit = True
+
+    before = signal.signal(signal.SIGINT, end)
     try:
-        uvicorn.Server(config).run(sockets=[listening])
-    except KeyboardInterrupt:
-        return
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _check(folder: str) -> None:

@@ -256,6 +256,18 @@ def test_dtypes(tmp_path):
     assert pretrained.load(place, dtype="float32").model.dtype == torch.float32
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int8, torch.bool])
+def test_whole_numbers_where_the_model_has_real_ones_are_refused_by_name(kind, dtype, tmp_path):
+    place = tiny.save(tmp_path / "m", kind)
+    name = next(name for name in load_file(place / "model.safetensors") if name.endswith("weight"))
+    change(place / "model.safetensors", **{name: torch.ones_like(load_file(place / "model.safetensors")[name]).to(dtype)})
+    with pytest.raises(FormatError, match="whole numbers") as caught:
+        pretrained.load(place)
+    assert name in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_a_broken_tokenizer_is_one_sentence_and_none_is_none(tmp_path):
     place = tiny.save(tmp_path / "m", "llama")
     (place / "tokenizer.json").write_text('{"version": "1.0", "model": 3}')

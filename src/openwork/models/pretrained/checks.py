@@ -67,6 +67,15 @@ def count(folder: Path) -> int:
     return total
 
 
+def whole_numbers(folder: Path) -> list[str]:
+    """Return the names of the tensors whose numbers are whole or truth values; nothing but the files' heads is read."""
+    found = []
+    for file in weight_files(folder):
+        with _opened(folder / file) as held:
+            found += [name for name in held.keys() if held.get_slice(name).get_dtype().startswith(("I", "U", "BOOL"))]  # noqa: SIM118
+    return found
+
+
 def _check_finite(path: Path, name: str, held: Any) -> None:
     try:
         for part in _parts(held, name):

@@ -104,6 +104,8 @@ def load(
     tokenizer = tokenizing.load(folder)
     given = [ignore] if isinstance(ignore, str) else list(ignore)
     made = _made(made_class, folder, config, state, DTYPES.get(dtype, "auto"), given)
+    whole = checks.whole_numbers(folder) if state is None else [name for name, one in state.items() if not _real(one)]
+    _check_real(made, whole, folder)
     pool = pooling.read(folder) if found == "encoder" else Pooling()
     return Pretrained(made.eval(), tokenizer, found, folder, str(model), pool, longest(config, pool))
 
@@ -203,6 +205,24 @@ def _made(
             f"{_remedy(findings)}"
         )
     return model
+
+
+def _check_real(model: nn.Module, whole: Iterable[str], folder: Path) -> None:
+    """Refuse whole numbers where the model computes with real ones: they would be converted, and mean something else.
+
+    Names in files may lack a prefix that the model has, or have one that it lacks.
+    """
+    real = {f".{name}" for name, one in model.named_parameters() if _real(one)}
+    odd = [name for name in whole if any(own.endswith(f".{name}") or f".{name}".endswith(own) for own in real)]
+    if odd:
+        raise FormatError(
+            f"the weights of {shown(folder)} hold whole numbers where {type(model).__name__} has real ones, tensors "
+            f"{_some(sorted(odd))}: a quantised model cannot be read, save it as float32, float16 or bfloat16"
+        )
+
+
+def _real(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _remedy(findings: Mapping[str, list[str]]) -> str:

@@ -165,8 +165,13 @@ def listening(*words: str) -> Part:
                     break
             found = sorted(_addresses(child.pid)) if "http://" in told else []
             child.send_signal(signal.SIGINT)
-            child.wait(30)
-    return {"cases": 1, "addresses": found, "token": "token=" in told, "told": told[-300:]}
+            try:
+                ended = child.wait(30) == 0
+            except subprocess.TimeoutExpired:
+                ended = False
+                child.kill()
+                child.wait()
+    return {"cases": 1, "addresses": found, "token": "token=" in told, "told": told[-300:], "ended": ended}
 
 
 def _addresses(pid: int) -> set[str]:
@@ -200,7 +205,8 @@ def _judge_listens(found: Mapping[str, Part]) -> Measured:
     guarded = other is None or (other["token"] and not part["token"])
     value = f"listens at {', '.join(addresses) or 'no address'} by default"
     value += "" if other is None else f"; at other addresses {'with' if other['token'] else 'without'} a token"
-    return Measured(value, local and guarded, "" if local else part["told"])
+    value += "" if all(one["ended"] for one in found.values()) else "; Ctrl-C does not end it"
+    return Measured(value, local and guarded and all(one["ended"] for one in found.values()), "" if local else part["told"])
 
 
 PAGES = _pages, _judge_pages
