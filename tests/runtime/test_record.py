@@ -79,6 +79,20 @@ def test_a_damaged_plan_is_measured_again(damage: str, settled: list[str], tmp_p
     assert record.find(place.stem) == again.plan.record  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(("dense_ms", "anew"), [(200.0, True), (1e-4, False)])
+def test_a_plan_from_a_busy_moment_is_measured_again(
+    dense_ms: float, anew: bool, settled: list[str], tmp_path: Path
+) -> None:  # fmt: skip
+    net, x = model(), images()
+    first = accelerate(net, x, verbose=False).plan.record  # type: ignore[union-attr]
+    (place,) = (tmp_path / "plans").iterdir()
+    record.keep(place.stem, replace(first, dense_ms=dense_ms))
+    count = len(settled)
+    again = accelerate(net, x, verbose=False).plan.record  # type: ignore[union-attr]
+    assert (len(settled) > count) == anew
+    assert again.dense_ms == (first.dense_ms if anew else dense_ms)
+
+
 def test_a_plan_of_another_model_is_not_followed(settled: list[str]) -> None:
     net, x = model(), images()
     made = accelerate(net, x, verbose=False).plan.record  # type: ignore[union-attr]

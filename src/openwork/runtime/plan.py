@@ -19,7 +19,7 @@ from openwork.runtime.graph import graft
 from openwork.runtime.graph.island import Island
 from openwork.runtime.graph.ops import Way
 from openwork.runtime.record import Record
-from openwork.runtime.timing import REPEATS, limited_threads, measure, run
+from openwork.runtime.timing import REPEATS, limited_threads, measure, run, timed
 
 __all__ = ["Choice", "Plan", "accelerate", "measure", "plan_of", "restore"]
 
@@ -27,6 +27,8 @@ MARGIN = 1.05
 """What replaces a layer, and the whole, must be this many times as fast."""
 CHAINED = 1.02
 """And a chain this many times as fast as its layers, which have paid already."""
+PASSING = 250.0
+"""Milliseconds of a dense call up to which a record that was found is checked against the machine as it is now."""
 DRIFT = 1e-2
 """Most that outputs may differ, against the largest of them. A last check only: layers are held to `bounds.bound`."""
 
@@ -87,7 +89,7 @@ def accelerate(
     Other linear, convolutional and recurrent layers are measured dense and in every format on the input that they have
     in the example, and replaced one by one. What does not pay by `min_speedup`, layer by layer and end to end, stays
     what it was; so does what is not known here. What was measured is kept in the cache folder, and found again for the
-    same model, example, machine and number of threads.
+    same model, example, machine and number of threads, unless the machine was plainly busy then.
 
     The copy is in eval mode, without gradients, and may be called from several threads at once. It gives the same outputs
     up to rounding (`bounds.bound` for a layer) for finite inputs; zero weights are skipped, so infinity times zero makes
@@ -112,11 +114,23 @@ def accelerate(
     with limited_threads(threads) as count, torch.no_grad():
         key = record.digest(dense, example, [count, min_speedup])
         known = record.find(key)
+        known = None if known is not None and _from_a_busy_moment(dense, example, known) else known
         found = _rebuilt(dense, example, known) if known is not None else None
         fast, plan = found or _planned(dense, example, min_speedup, repeats, count)
         if found is None:
             record.keep(key, plan.record)
     return _finished(fast, plan, verbose)
+
+
+def _from_a_busy_moment(dense: nn.Module, example: Any, known: Record) -> bool:
+    """Tell whether the dense model takes less than half of what it took when a record was made: its choices are noise.
+
+    A model that is too slow to be timed in passing is believed; a moment of noise weighs little there.
+    """
+    if known.dense_ms > PASSING:
+        return False
+    run(dense, example)
+    return 1e3 * min(timed(lambda: run(dense, example)) for _ in range(3)) < 0.5 * known.dense_ms
 
 
 def restore(model: nn.Module, saved: Any) -> nn.Module:
@@ -254,8 +268,8 @@ def _graph(
     choices, winners = _raced({name: layer for name, layer in layers.items() if name not in inside}, seen, margin, repeats)
     model = replaced(dense, winners)
     model = graft.twin(dense) if model is dense else model
-    islands = graft.graft(model, example)
     chains = _chained(model, winners, layers, seen)
+    islands = graft.graft(model, example)
     sizes = graft.shapes(model, islands, example)
     ways = graft.tuned(sizes, blank.threads)
     for one in graft.profiles(sizes, blank.threads):
@@ -323,12 +337,12 @@ def _rebuilt(dense: nn.Module, example: Any, known: Record) -> tuple[nn.Module, 
                 return None
             winners[name] = modules.pack(layer, format)
         fast = replaced(dense, winners)
+        chaining.restore(fast, known.chains)
         if known.mode == "graph":
             fast = graft.twin(dense) if fast is dense else fast
             islands = graft.graft(fast, example)
             if not islands or not _set_ways(islands, known.ways):
                 return None
-        chaining.restore(fast, known.chains)
         return None if _difference(dense, fast, example) else (fast, _plan(known))
     except (ModelError, AttributeError, KeyError, TypeError, ValueError):
         return None

@@ -24,7 +24,7 @@ from openwork.errors import ModelError, StoreError
 from openwork.runtime.kernels import jit
 from openwork.runtime.kernels.target import host, processor
 
-VERSION = 2
+VERSION = 3
 _MOST = 16 * 2**20
 
 

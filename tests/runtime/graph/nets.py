@@ -110,3 +110,24 @@ class Plain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
+
+
+class Fussy(nn.Module):
+    """A part without convolutions that looks at its input, which no tracer can follow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if bool((x > 0).any()) else x
+
+
+class Headed(nn.Module):
+    """Convolutions, a part that cannot be traced, and a head of linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.fussy = Fussy()
+        self.second = nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.second(self.fussy(F.relu(self.first(x))))).mean((2, 3)))

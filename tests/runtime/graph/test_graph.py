@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from openwork import models
 from openwork.core.rng import generator
 from openwork.errors import ModelError
+from openwork.runtime import chaining, modules
 from openwork.runtime.graph import graft, tune
 from openwork.runtime.graph.island import Island
 from openwork.runtime.graph.ops import Conv, Way
 from openwork.runtime.kernels.target import VARIABLE, host, targets
 from openwork.runtime.timing import limited_threads
-from tests.runtime.graph.nets import Branching, Broken, InPlace, Plain, Residual, Squeeze, close, thinned
+from tests.runtime.graph.nets import Branching, Broken, Headed, InPlace, Plain, Residual, Squeeze, close, thinned
 
 pytestmark = pytest.mark.skipif(not targets(), reason="there is no LLVM on this machine")
 
@@ -112,6 +113,20 @@ def test_parts_of_a_model_that_cannot_be_traced_get_islands() -> None:
     fast, islands = grafted(model, x)
     assert len(islands) == 2
     assert {name for island in islands for name in island.layers} >= {"body.0", "body.2", "other.0", "other.1"}
+    assert close(fast(x), model, x)
+
+
+@pytest.mark.parametrize("format", ["nm", "few", "sell", "spmm", "csr_scipy", "csr_torch", "chained"])
+def test_packed_layers_and_parts_that_cannot_be_traced_stay_whole_in_the_graph(format: str) -> None:
+    model, x = thinned(Headed()), images(2, 3, 9, 8)
+    fast = graft.twin(model)
+    for name in ("head.0", "head.2"):
+        layer = model.get_submodule(name)
+        layer.weight.data[:, ::2] = 0.0
+        fast.set_submodule(name, modules.pack(layer, chaining.FORMAT if format == "chained" else format))
+    if format == "chained":
+        chaining.restore(fast, ["head"])
+    assert [island.layers for island in graft.graft(fast, x)] == [("first",), ("second",)]
     assert close(fast(x), model, x)
 
 

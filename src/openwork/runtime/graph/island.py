@@ -153,13 +153,10 @@ def traced(model: nn.Module, arguments: tuple[Any, ...], prefix: str = "") -> Ru
         arguments: positional arguments; the graph is run once on them for the shapes.
         prefix: of the names of the layers.
     """
-    try:
-        graph = fx.Tracer().trace(model)
-        module = fx.GraphModule(model, graph)
-        _settle(module)
-        seen = read.shapes(module, arguments)
-    except Exception:  # whatever the user's forward does with proxies
+    found = _read(model, arguments, narrow=False) or _read(model, arguments, narrow=True)
+    if found is None:
         return None
+    module, seen = found
     modules = dict(module.named_modules())
     known = {node: op for node in module.graph.nodes if (op := read.operation(node, modules, seen)) is not None}
     nothings = {node for node in module.graph.nodes if read.is_nothing(node, modules)}
@@ -168,6 +165,32 @@ def traced(model: nn.Module, arguments: tuple[Any, ...], prefix: str = "") -> Ru
     count = max(levels.values(), default=0)
     made = _rebuilt(module, known, levels, count, seen, prefix)
     return Runner(made) if any(isinstance(one, Island) for one in made.modules()) else None
+
+
+class _Tracer(fx.Tracer):
+    """Goes into the user's modules, not into packed layers and chains of them; a narrow one only where convolutions are."""
+
+    def __init__(self, narrow: bool) -> None:
+        super().__init__()
+        self.narrow = narrow
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Tell whether a module stays whole."""
+        own = type(m).__module__.startswith("openwork.runtime.") or isinstance(m.__dict__.get("forward"), Runner)
+        bare = self.narrow and not any(isinstance(one, nn.Conv2d) for one in m.modules())
+        return own or bare or super().is_leaf_module(m, module_qualified_name)
+
+
+def _read(
+    model: nn.Module, arguments: tuple[Any, ...], *, narrow: bool
+) -> tuple[fx.GraphModule, dict[fx.Node, read.Seen]] | None:
+    """Return the graph of a forward and the shapes in it, None where it cannot be traced so."""
+    try:
+        module = fx.GraphModule(model, _Tracer(narrow).trace(model))
+        _settle(module)
+        return module, read.shapes(module, arguments)
+    except Exception:  # whatever the user's forward does with proxies
+        return None
 
 
 def _settle(module: fx.GraphModule) -> None:
