@@ -10,6 +10,7 @@ import pytest
 from openwork.bench import curves, page, plot, runner, suite, targets
 from openwork.bench.operators import row
 from openwork.bench.results import Arm
+from openwork.bench.roofline import Limits
 from openwork.errors import ModelError
 from openwork.report import pages
 from tests.bench import fixtures
@@ -49,6 +50,22 @@ def test_a_target_beyond_the_roofline_says_so(bench):
     made = row("8x8@64 unstructured 0.9", "operator", cell, 1, 0.25, arms, {"matmul": 1.0, "openwork": 0.3})
     bench.rows = {made.key: made}
     assert judged(bench)["90 % unstructured"].reason == "beyond this machine: its roofline allows 4x there"
+
+
+def test_a_missed_target_says_what_its_time_goes_into(bench):
+    cell = {"shape": "8x8@64", "out": 8, "size": 8, "columns": 64, "sparsity": 0.5, "pattern": "blocks of 2"}
+    arms = {"matmul": Arm("ok", dense=True), "openwork": Arm("ok")}
+    made = row("8x8@64 blocks of 2 0.5", "operator", cell, 1, 1e-3, arms, {"matmul": 1e-3, "openwork": 2e-3})
+    limits = Limits("avx2", 8, 1, 2 * 32 * 64 * 1e3, ((2**14, 4 * 64 * 16 * 2e3), (2**18, 1e6)), 1.0, 2**15)
+    assert targets.profile(made, {1: limits}) == pytest.approx({
+        "multiply-adds": 0.5, "loads from the first cache": 0.25, "memory": (160 + 4096) / (4 * 64 * 16 * 2e3) / 2e-3,
+        "refills of it from the second": (160 + 2048) / 1e6 / 2e-3,
+    })  # fmt: skip
+    assert targets.profile(made, {2: limits}) == targets.profile(made, {1: None}) == {}
+    bench.rows = {made.key: made}
+    found = {one.target.name: one for one in targets.judge(bench.merged(), {}, {1: limits})}["faster than dense"]
+    words = "the kernel runs at 50 % of the roofline there; by themselves, of its time: multiply-adds 50 %, loads"
+    assert found.reason.startswith(words)
 
 
 def test_seconds_must_be_at_most_what_is_wanted(bench):

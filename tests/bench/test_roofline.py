@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openwork.bench import roofline
-from openwork.bench.roofline import Limits, Work, block_of, least_seconds
+from openwork.bench.roofline import Limits, Work, block_of, first_cache, least_seconds, parts, refill_seconds
 from openwork.runtime.kernels.target import targets
 
 TARGETS = list(targets().values())
@@ -55,6 +57,28 @@ def test_the_bound_is_the_longest_of_three(limits):
     assert few.bytes == 4 * 20000 + 2 * 20000 + 4 * 2000
     assert few.loads(8) == 4 * 20000
     assert least_seconds(limits, few) == few.bytes / 300.0  # 128,000 bytes fit the two first-level probes below 2 x 256 KB
+
+
+def test_the_parts_are_those_of_the_bound(limits):
+    work = Work(out=64, size=64, columns=64, kept=1000, block=2)
+    assert parts(limits, work) == {
+        "multiply-adds": 2 * 1000 * 64 / 1000.0, "loads from the first cache": 4 * 64 * 500 / 300.0,
+        "memory": (4 * 1000 + 2 * 500 + 4 * 64 * 128) / 300.0,
+    }  # fmt: skip
+    assert least_seconds(limits, work) == max(parts(limits, work).values())
+
+
+def test_what_the_first_cache_cannot_hold_comes_from_the_second(limits):
+    work = Work(out=64, size=64, columns=16, kept=1000)
+    assert refill_seconds(limits, work) is None  # the system did not tell how large the first cache is
+    small, large = replace(limits, cache=1024), replace(limits, cache=2**20)
+    once = 4 * 64 * 16
+    assert refill_seconds(large, work) == (6 * 1000 + once) / 100.0  # all fits: everything is fetched once
+    narrow = 0.5 * 4 * 16 * 1000 + 2 * 6 * 1000 + once  # 8 columns: half of 2 KB fits, the weights are read twice
+    wide = 0.75 * 4 * 16 * 1000 + 6 * 1000 + once
+    assert refill_seconds(small, work) == min(narrow, wide) / 100.0
+    assert refill_seconds(small, Work(0, 0, 0, 0)) == 0.0
+    assert first_cache() >= 0
 
 
 def test_a_vector_that_is_not_full_costs_a_whole_load():

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from openwork.core.rng import generator
 from openwork.errors import RecipeError
-from openwork.testing.reliability import record, surface
+from openwork.testing.reliability import record, surface, verdicts
 from openwork.testing.reliability._rows import Measured, Row
 from openwork.testing.reliability.matrix import ROWS, TIMED, chosen
 
@@ -108,3 +109,11 @@ def test_public_names_change_on_purpose_only() -> None:
         surface.write_snapshot(ROOT / surface.SNAPSHOT)
     found = surface.compared(ROOT / surface.SNAPSHOT)
     assert found["wrong"] == [], test_public_names_change_on_purpose_only.__doc__
+
+
+def test_the_strongest_test_is_what_simulation_finds() -> None:
+    assert verdicts.strongest(5, 0.0) == pytest.approx(0.05)
+    draws = 1.0 + torch.randn(20_000, 5, generator=generator(0, "power"), dtype=torch.float64)
+    t = draws.mean(1) / (draws.std(1) / 5**0.5)
+    found = float((t > 2.1318).double().mean())  # the 95 % quantile of t with 4 degrees of freedom
+    assert verdicts.strongest(5, 1.0) == pytest.approx(found, abs=0.015)

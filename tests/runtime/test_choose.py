@@ -197,3 +197,32 @@ def test_layers_that_stay_say_why(wins: Any) -> None:
     for layer, was, note in cases:
         choice, twin = choose.choose("x", layer, was, 5)
         assert (choice.note, choice.chosen, twin) == (note, "dense", None)
+
+
+def test_a_hopeless_format_sees_only_a_part_of_a_long_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = nn.Linear(8, 8).eval().requires_grad_(False), torch.randn(4 * choose.GLIMPSE, 8)
+    layer.weight[:, ::2] = 0.0
+    seen: dict[str, list[int]] = {}
+
+    def at_first_sight(module: nn.Module, rows: torch.Tensor) -> float:
+        name = getattr(module, "format", "dense")
+        seen.setdefault(name, []).append(len(rows))
+        return len(rows) * (1.0 if name != "csr_scipy" else 2.1 * choose.HOPELESS)
+
+    monkeypatch.setattr(choose, "_at_first_sight", at_first_sight)
+    packed, rough = choose._candidates("layer", layer, x)
+    assert seen["csr_scipy"] == [choose.GLIMPSE]
+    assert seen["csr_torch"] == [choose.GLIMPSE, len(x)]
+    assert rough["csr_scipy"] == pytest.approx(2.1 * choose.HOPELESS * rough["dense"])
+    assert set(rough) == {"dense", *packed}
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "expected"),
+    [(nn.Linear(8, 8), (4, choose.GLIMPSE, 8), (choose.GLIMPSE, 8)), (nn.Linear(8, 8), (4 * choose.GLIMPSE - 1, 8), None),
+     (nn.Linear(8, 8), (8,), None), (nn.Conv2d(3, 4, 3), (64, 3, 9, 9), (4, 3, 9, 9)),
+     (nn.Conv2d(3, 4, 3), (8, 3, 9, 9), None), (nn.Conv2d(3, 4, 3), (3, 9, 9), None), (nn.LSTM(8, 8), (4096, 1, 8), None)],
+)  # fmt: skip
+def test_the_part_of_a_long_input(layer: nn.Module, shape: tuple[int, ...], expected: tuple[int, ...] | None) -> None:
+    found = choose._part(layer, torch.randn(shape))
+    assert (None if found is None else tuple(found.shape)) == expected

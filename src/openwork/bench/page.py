@@ -31,7 +31,7 @@ def write(bench: runner.Bench, folder: Path) -> Path:
         StoreError: if a file cannot be written.
     """
     rows = bench.merged()
-    judged = judge(rows, bench.reasons)
+    judged = judge(rows, bench.reasons, bench.limits)
     page = folder / "performance.md"
     drawn = []
     for threads in thread_counts(rows):
@@ -84,7 +84,8 @@ RULES = """A ratio is the best dense torch time (eager NCHW and NHWC, matrix pro
 over the arm's: above 1 is faster than dense. Times are medians of interleaved rounds in one process; where there is more
 than one thread, peers with a thread pool of their own get a process of their own, with the dense modes. Every output is
 checked against float64 first. The share is that of the roofline: the least time that multiply-adds, loads from the first
-cache, and memory allow on this machine."""
+cache, and memory allow on this machine. Where a target is missed, the last column says what each of them, and the refills
+of the first cache from the second, would take at the least of the time in the worst cell; they overlap in part only."""
 
 
 def thread_counts(rows: Iterable[Row]) -> list[int]:
@@ -141,15 +142,16 @@ def limits_table(limits: Mapping[int, Limits | None]) -> str:
         "threads",
         "kernels",
         "multiply-adds, GFLOP/s",
+        "first cache",
         *(f"reads of {_bytes(size)}, GB/s" for size in sizes),
         "triad, GB/s",
     ]
     body = [
-        [str(threads), one.target, f"{one.flops / 1e9:.0f}", *(f"{rate / 1e9:.0f}" for _, rate in one.reads),
-         f"{one.triad / 1e9:.0f}"]
+        [str(threads), one.target, f"{one.flops / 1e9:.0f}", _bytes(one.cache) if one.cache else NOTHING,
+         *(f"{rate / 1e9:.0f}" for _, rate in one.reads), f"{one.triad / 1e9:.0f}"]
         for threads, one in known.items()
     ]  # fmt: skip
-    return markdown(titles, body, [True, False, *[True] * (len(sizes) + 2)])
+    return markdown(titles, body, [True, False, *[True] * (len(sizes) + 3)])
 
 
 def arms_table(row: Row) -> str:

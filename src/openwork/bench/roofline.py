@@ -8,12 +8,17 @@ is the longest of three (Williams, Waterman, Patterson, "Roofline: An Insightful
     memory          (weights + 16-bit indices + activations + result) / bandwidth of the level that holds so much
 
 A share is least over measured: 1 is the machine's limit.
+
+Where the activations that a tile of columns needs are larger than the first cache, some loads miss it at random. What must
+then come from the second cache is told beside the three (a cache-aware roofline: Ilic, Pratas, Sousa, IEEE CAL 2014), and
+is no part of the share: another program might block over the inputs as well.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -35,6 +40,8 @@ SIZES = (FIRST_CACHE, 2**18, 2**20, 2**22, 2**24, 2**26)
 """Bytes a thread of the arrays that are read."""
 TRIAD = 2**26
 """Bytes of each of the three arrays of the triad a = b + s c."""
+MOST_VECTORS = 24
+"""Vectors of sums of one row that the registers hold."""
 _SECONDS = 1.5e-3
 _TRIES = 16
 
@@ -50,6 +57,7 @@ class Limits:
         flops: multiply-adds in registers, two operations each, per second.
         reads: bytes a thread of the array, and bytes per second of all threads; the first is the first cache.
         triad: bytes per second of a = b + s c on arrays far larger than the inner caches, three transfers an entry.
+        cache: bytes of the first data cache of a core, 0 where the system does not tell.
     """
 
     target: str
@@ -58,6 +66,7 @@ class Limits:
     flops: float
     reads: tuple[tuple[int, float], ...]
     triad: float
+    cache: int = 0
 
     @property
     def first_cache(self) -> float:
@@ -95,18 +104,44 @@ class Work:
         return 4 * columns * -(-self.kept // self.block)
 
     @property
+    def weights(self) -> int:
+        """Bytes of values and 16-bit indices, one index a block."""
+        return 4 * self.kept + 2 * -(-self.kept // self.block)
+
+    @property
     def bytes(self) -> int:
         """Bytes that must move at least once: values, 16-bit indices (one a block), activations, result."""
-        return 4 * self.kept + 2 * -(-self.kept // self.block) + 4 * self.columns * (self.size + self.out)
+        return self.weights + 4 * self.columns * (self.size + self.out)
+
+
+def parts(limits: Limits, work: Work) -> dict[str, float]:
+    """Return the seconds that each of the three needs by itself."""
+    return {
+        "multiply-adds": work.flops / limits.flops,
+        "loads from the first cache": work.loads(limits.lanes) / limits.first_cache,
+        "memory": work.bytes / limits.rate(work.bytes),
+    }
 
 
 def least_seconds(limits: Limits, work: Work) -> float:
     """Return the time below which no program on this machine computes the product."""
-    return max(
-        work.flops / limits.flops,
-        work.loads(limits.lanes) / limits.first_cache,
-        work.bytes / limits.rate(work.bytes),
-    )
+    return max(parts(limits, work).values())
+
+
+def refill_seconds(limits: Limits, work: Work) -> float | None:
+    """Return what the second cache needs at least for a kernel that keeps its sums in registers, None if it is not known.
+
+    Such a kernel goes over the weights once a tile of columns, and loads from the activations of that tile at random: the
+    share of them that the first cache cannot hold comes from the second. The tile is the best for it.
+    """
+    if not limits.cache or len(limits.reads) < 2:
+        return None
+    loads, widest = work.loads(limits.lanes), -(-work.columns // limits.lanes)
+    amounts = []
+    for width in (limits.lanes * vectors for vectors in range(1, min(widest, MOST_VECTORS) + 1)):
+        missed = max(0.0, 1.0 - limits.cache / max(1, 4 * work.size * width))
+        amounts.append(missed * loads + -(-work.columns // width) * work.weights + 4 * work.size * work.columns)
+    return min(amounts, default=0.0) / limits.rate(limits.reads[1][0] * limits.threads)
 
 
 def block_of(weight: torch.Tensor, sizes: Sequence[int] = (16, 8, 4, 2)) -> int:
@@ -127,7 +162,15 @@ def measure(threads: int) -> Limits | None:
         return None
     flops = _best(multiply_adds(target), threads)
     reads = tuple((size, _best(loads(target, size), threads)) for size in SIZES)
-    return Limits(target.name, target.lanes, threads, flops, reads, _triad(threads))
+    return Limits(target.name, target.lanes, threads, flops, reads, _triad(threads), first_cache())
+
+
+def first_cache() -> int:
+    """Return the bytes of a core's first data cache, 0 where the system does not tell."""
+    try:
+        return max(0, os.sysconf("SC_LEVEL1_DCACHE_SIZE"))
+    except (AttributeError, ValueError, OSError):
+        return 0
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from openwork.bench import roofline
 from openwork.bench.networks import ENCODER
 from openwork.bench.peers import OURS
 from openwork.bench.results import Arm, Row
+from openwork.bench.roofline import Limits
 
 FEW = (16, 63)
 """Columns at which the targets are `FEW_RATE` of those for 64 and more."""
 FEW_RATE = 0.85
 ROOFLINE = 0.8
+BLOCKS = {"unstructured": 1, "blocks of 2": 2, "blocks of 4": 4}
 
 
 @dataclass(frozen=True)
@@ -25,12 +28,14 @@ class Found:
         where: the cell in words.
         most: the value at the roofline, None where that is not known.
         share: the share of the roofline that was reached.
+        row: what was measured there; None for what is no product.
     """
 
     value: float
     where: str
     most: float | None = None
     share: float | None = None
+    row: Row | None = None
 
 
 @dataclass(frozen=True)
@@ -114,12 +119,15 @@ _NETWORKS: tuple[tuple[str, str, float, Mapping[str, Any]], ...] = (
 )  # fmt: skip
 
 
-def judge(rows: Sequence[Row], reasons: Mapping[str, str] | None = None) -> list[Judged]:
+def judge(
+    rows: Sequence[Row], reasons: Mapping[str, str] | None = None, limits: Mapping[int, Limits | None] | None = None
+) -> list[Judged]:
     """Return every target with its worst cell and, where it is missed, the reason: that of `reasons`, else the roofline's.
 
     Args:
         rows: merged rows.
         reasons: hand-written reasons by the target's name.
+        limits: of the machine, by the number of threads.
     """
     found = []
     for target in targets():
@@ -129,7 +137,7 @@ def judge(rows: Sequence[Row], reasons: Mapping[str, str] | None = None) -> list
             found.append(Judged(target, None, None, 0, 0, (reasons or {}).get(target.name, "not measured")))
             continue
         worst = (max if target.below else min)(cells, key=lambda one: one.value)
-        reason = "" if all(good) else (reasons or {}).get(target.name) or _why(target, worst)
+        reason = "" if all(good) else (reasons or {}).get(target.name) or _why(target, worst, limits or {})
         found.append(Judged(target, all(good), worst, len(cells), sum(good), reason))
     return found
 
@@ -150,13 +158,33 @@ def _is_met(target: Target, value: float) -> bool:
     return value <= target.wanted if target.below else value >= target.wanted
 
 
-def _why(target: Target, worst: Found) -> str:
-    """Return what the roofline says about a missed target."""
+def _why(target: Target, worst: Found, limits: Mapping[int, Limits | None]) -> str:
+    """Return what the roofline says about a missed target, and what the time of the worst cell goes into."""
     if target.unit == "x" and worst.most is not None and worst.most < target.wanted:
         return f"beyond this machine: its roofline allows {worst.most:.2g}x there"
-    if worst.share is not None:
-        return f"the kernel runs at {100 * worst.share:.0f} % of the roofline there"
-    return "measured below"
+    if worst.share is None:
+        return "measured below"
+    found = {} if worst.row is None else profile(worst.row, limits)
+    spent = ", ".join(f"{words} {100 * share:.0f} %" for words, share in found.items())
+    words = f"the kernel runs at {100 * worst.share:.0f} % of the roofline there"
+    return f"{words}; by themselves, of its time: {spent}" if spent else words
+
+
+def profile(row: Row, limits: Mapping[int, Limits | None]) -> dict[str, float]:
+    """Return how much of a product's time each resource of the machine would take by itself, at the least.
+
+    Empty if the machine's limits or the time are not known.
+    """
+    machine, arm, cell = limits.get(row.threads), row.arms.get(OURS), row.cell
+    if machine is None or arm is None or not arm.ms:
+        return {}
+    kept, block = round((1 - cell["sparsity"]) * cell["out"] * cell["size"]), BLOCKS.get(cell["pattern"], 1)
+    work = roofline.Work(cell["out"], cell["size"], cell["columns"], kept, block)
+    needs = roofline.parts(machine, work)
+    refills = roofline.refill_seconds(machine, work)
+    needs |= {} if refills is None else {"refills of it from the second": refills}
+    order = ("multiply-adds", "loads from the first cache", "refills of it from the second", "memory")
+    return {words: 1e3 * needs[words] / arm.ms for words in order if words in needs}
 
 
 def _ours(rows: Iterable[Row], kind: str) -> Iterator[tuple[Row, Arm, Found]]:
@@ -167,7 +195,8 @@ def _ours(rows: Iterable[Row], kind: str) -> Iterator[tuple[Row, Arm, Found]]:
             dense = row.dense_ms
             most = dense / row.least_ms if dense and row.least_ms else None
             threads = f"{row.threads} thread" + ("s" if row.threads != 1 else "")
-            yield row, arm, Found(arm.ratio, f"{_words(row)}, {threads}", most, arm.share)
+            product = row if kind == "operator" else None
+            yield row, arm, Found(arm.ratio, f"{_words(row)}, {threads}", most, arm.share, product)
 
 
 def _words(row: Row) -> str:
@@ -189,7 +218,7 @@ def _at(sparsity: float, pattern: str, columns: tuple[int, int]) -> Callable[[Se
 
 def _shares(rows: Sequence[Row]) -> list[Found]:
     return [
-        Found(found.share, found.where, found.most, found.share)
+        replace(found, value=found.share)
         for row, _, found in _ours(rows, "operator")
         if found.share is not None and row.cell["columns"] >= 64 and row.cell["sparsity"] >= 0.8
     ]
@@ -203,7 +232,8 @@ def _against_peers(rows: Sequence[Row]) -> list[Found]:
         if row.cell["columns"] >= FEW[0] and rivals and arm.ratio:
             best = max(rivals, key=lambda name: rivals[name])
             most = None if found.most is None else found.most / rivals[best]
-            made.append(Found(arm.ratio / rivals[best], f"{found.where}, against {best}", most, found.share))
+            value = arm.ratio / rivals[best]
+            made.append(replace(found, value=value, where=f"{found.where}, against {best}", most=most))
     return made
 
 
@@ -212,7 +242,7 @@ def _one_column(rows: Sequence[Row]) -> list[Found]:
     for row, arm, found in _ours(rows, "operator"):
         rivals = [other.ratio for name, other in row.arms.items() if other.ratio and (other.dense or name.endswith("_csr"))]
         if row.cell["columns"] == 1 and rivals and arm.ratio:
-            made.append(Found(arm.ratio / max(rivals), found.where, None, found.share))
+            made.append(replace(found, value=arm.ratio / max(rivals), most=None))
     return made
 
 

@@ -25,6 +25,8 @@ DENSEST = 0.8
 """Above this density no format is tried."""
 HOPELESS = 3.0
 """A format whose product takes this many times the dense layer's time at first sight is not measured further."""
+GLIMPSE = 128
+"""Rows of a long input on which a format is tried first: who takes twice `HOPELESS` there never sees the whole."""
 SECONDS = 1.0
 """What the measurement of one layer may take, unless five rounds take longer."""
 ROWS = 32
@@ -173,6 +175,8 @@ def _candidates(name: str, layer: nn.Module, x: Tensor) -> tuple[dict[str, nn.Mo
     """Return the layer in every format that takes it and is right, and the rough seconds of a call of each."""
     packed: dict[str, nn.Module] = {}
     rough = {"dense": _at_first_sight(layer, x)}
+    part = _part(layer, x)
+    least = None if part is None else _at_first_sight(layer, part)
     for key in _formats(layer, x):
         try:
             twin = modules.pack(layer, key)
@@ -181,9 +185,24 @@ def _candidates(name: str, layer: nn.Module, x: Tensor) -> tuple[dict[str, nn.Mo
         if _is_right(name, key, twin, layer):
             if isinstance(twin, PackedLayer):
                 twin.tune(x, tuning.SECONDS)
-            rough[key] = _at_first_sight(twin, x)
             packed[key] = twin
+            if part is not None and least is not None:
+                glimpse = _at_first_sight(twin, part)
+                if glimpse > 2 * HOPELESS * least:
+                    rough[key] = rough["dense"] * glimpse / least
+                    continue
+            rough[key] = _at_first_sight(twin, x)
     return packed, rough
+
+
+def _part(layer: nn.Module, x: Tensor) -> Tensor | None:
+    """Return a few rows of a long input, or a few images of many, None where the whole is no more."""
+    if isinstance(layer, (nn.LSTM, nn.GRU)):
+        return None
+    if isinstance(layer, nn.Conv2d):
+        return x[: len(x) // 16] if x.ndim == 4 and len(x) >= 16 else None
+    rows = x.reshape(-1, x.shape[-1]) if x.ndim else x
+    return rows[:GLIMPSE] if len(rows) >= 4 * GLIMPSE else None
 
 
 def _formats(layer: nn.Module, x: Tensor) -> list[str]:

@@ -64,9 +64,19 @@ def _judge_powers(found: Mapping[str, Part]) -> Measured:
     enough = next((name for name, rate in rates.items() if rate >= LEAST and "sd" not in name), "more than 10 seeds")
     remains = "" if rates["5 seeds"] >= LEAST else (
         f"at 5 seeds {leans:.0%} more lean; a claim holds only if p is below .05 and the whole two-sided 95 % interval is "
-        f"on its side (t of 2.78 with 4 degrees of freedom), which finds 1 sd in 60 % of cases from {enough} on"
+        f"on its side (t of 2.78 with 4 degrees of freedom), which finds 1 sd in 60 % of cases from {enough} on; the most "
+        f"powerful test at 5 %, the one-sided t test, finds it in {strongest(SEEDS, 1.0):.0%} with 5 seeds, so that no rule "
+        "that keeps R25's nominal 5 % reaches the target"
     )  # fmt: skip
     return Measured(f"1 sd supported in {told}", rates["5 seeds"] >= LEAST, remains)
+
+
+def strongest(seeds: int, effect: float, level: float = 0.05) -> float:
+    """Return the power of the one-sided t test on paired differences, an `effect` of so many standard deviations."""
+    from scipy.stats import nct, t
+
+    critical = t.ppf(1.0 - level, seeds - 1)
+    return float(nct.sf(critical, seeds - 1, effect * seeds**0.5))
 
 
 def sabotages() -> dict[str, list[str]]:
