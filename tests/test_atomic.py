@@ -25,6 +25,13 @@ while True:
     write_bytes(sys.argv[1], bytes([count % 256]) * 300_000)
     count += 1
 """
+HOLDER = """
+import sys, time
+from openwork import atomic
+with atomic.alone(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
 FOLDER_LOOP = """
 import sys
 from openwork.atomic import replacing_folder
@@ -277,3 +284,28 @@ def test_killed_writers_leave_a_whole_folder(tmp_path: Path) -> None:
         sweep(tmp_path)
         assert (path / "a").read_text() == (path / "b").read_text() != ""
     assert [child.name for child in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_folder_is_held_by_one_process_until_it_ends(tmp_path: Path) -> None:
+    with atomic.alone(tmp_path / "new"):
+        with (
+            pytest.raises(StoreError, match=rf"\(process {os.getpid()}\) is at work in .*choose another --out"),
+            atomic.alone(tmp_path / "new"),
+        ):
+            pass
+        with atomic.alone(tmp_path / "new", "other"):  # another lock
+            pass
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "new")], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(StoreError, match=f"process {other.pid}"), atomic.alone(tmp_path / "new"):
+            pass
+        other.kill()
+    with atomic.alone(tmp_path / "new"):
+        pass
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(StoreError, match=r"cannot write.*choose another folder"),
+        atomic.alone(tmp_path / "file", choose="folder"),
+    ):
+        pass

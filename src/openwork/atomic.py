@@ -57,6 +57,45 @@ def write_json(path: str | Path, obj: Any) -> None:
 
 
 @contextlib.contextmanager
+def alone(folder: str | Path, name: str = ".lock", *, choose: str = "--out") -> Iterator[None]:
+    """Hold a folder for this process, made if it is not there; the system lets go when the process ends, however it ends.
+
+    On systems without such locks (Windows) two processes in one folder are the user's own care.
+
+    Args:
+        folder: to be held.
+        name: of the lock file in it, which keeps the number of the process.
+        choose: the setting that takes another folder, for the error.
+
+    Raises:
+        StoreError: if the folder cannot be written, or another process holds it.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise StoreError(f"cannot write {str(folder)!r}: {error.strerror or error}; choose another {choose}") from error
+    try:
+        try:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass
+        except OSError:
+            owner = os.pread(descriptor, 20, 0).decode(errors="replace").strip() or "unknown"
+            raise StoreError(
+                f"another openwork (process {owner}) is at work in {str(folder)!r}: wait for it, or choose another {choose}"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, str(os.getpid()).encode())
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """Yield a binary stream whose content takes the place of the file `path` when the block ends without an error.
 

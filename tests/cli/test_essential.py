@@ -13,6 +13,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+from openwork import atomic
 from openwork.cli import _essential
 from openwork.cli.essential import essential
 from openwork.errors import DataError, FormatError, MethodError, ModelError, OpenworkError, RecipeError, StoreError
@@ -266,13 +267,9 @@ def test_nothing_is_written_over(place: Path, tmp_path: Path) -> None:
         run(place / "llama", *words, tmp_path / "file")
 
 
-def test_a_second_command_in_one_folder_is_refused(tmp_path: Path) -> None:
-    with (
-        _essential.alone(tmp_path / "out"),
-        pytest.raises(StoreError, match="another openwork"),
-        _essential.alone(tmp_path / "out"),
-    ):
-        pass
+def test_a_second_command_in_one_folder_is_refused(place: Path, tmp_path: Path) -> None:
+    with atomic.alone(tmp_path / "out"), pytest.raises(StoreError, match="another openwork"):
+        run(place / "llama", "--text", place / "corpus.txt", "--length", 16, "-q", "-o", tmp_path / "out")
 
 
 def test_hostile_names_are_shown_and_do_no_harm(place: Path, tmp_path: Path) -> None:

@@ -189,7 +189,7 @@ def test_two_processes_do_not_work_on_one_folder(tmp_path):
     seen = []
 
     def again(*_: object) -> None:
-        with pytest.raises(StoreError, match="another process"):
+        with pytest.raises(StoreError, match="another openwork"):
             stream(source, tmp_path / "out", tokens())
         seen.append(1)
 

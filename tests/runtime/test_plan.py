@@ -408,9 +408,12 @@ def test_whole_stretches_that_do_not_pay_leave_the_layers_their_chance(monkeypat
         asked.append(models)
         return dict.fromkeys(models, 1.0)
 
+    raced, real = [], plan.choose
+    monkeypatch.setattr(plan, "choose", lambda name, *rest: (raced.append(name), real(name, *rest))[1])
     monkeypatch.setattr(plan, "measure", slow)
     model = convolutions()
     fast = accelerate(model, batch(model, 2), verbose=False, repeats=2)
+    assert sorted(raced) == ["a", "b", "c", "deep", "fc"]  # "fc" is outside the stretches, and not raced again
     assert not fast.plan.accelerated  # type: ignore[union-attr]
     assert fast.plan.note  # type: ignore[union-attr]
     assert len(asked) == 2

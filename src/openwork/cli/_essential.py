@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
@@ -28,7 +26,7 @@ from openwork.methods.sparsify.essential_sparsity import Curve
 from openwork.sparsifier import Fixed
 from openwork.train import tuning
 
-__all__ = ["Recipe", "alone", "curves", "prepare", "write"]
+__all__ = ["Recipe", "curves", "prepare", "write"]
 
 RESULT = "essential.json"
 FORMAT = 1
@@ -143,34 +141,6 @@ def write(recipe: Recipe, ready: Ready, found: list[Curve], out: Path) -> list[d
     atomic.write_bytes(out / "curves.svg", picture.encode("utf-8", "backslashreplace"))
     atomic.write_bytes(out / "report.html", page.encode("utf-8", "backslashreplace"))
     return summaries
-
-
-@contextlib.contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """Hold the folder, so that no second command writes into it.
-
-    Raises:
-        StoreError: if the folder cannot be made or another process holds it.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise StoreError(f"cannot write {corpus.shown(out)}: {error.strerror or error}; choose another folder") from error
-    try:
-        try:
-            import fcntl
-
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # no such locks on Windows
-            pass
-        except OSError:
-            name = corpus.shown(out)
-            raise StoreError(f"another openwork is at work in {name}: wait for it, or choose another --out") from None
-        atomic.sweep(out)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _finetune(recipe: Recipe, ready: Ready) -> Callable[[nn.Module, Masks], nn.Module]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,19 +71,11 @@ def check(work: Path, recipe: Recipe, out: Path, resume: bool) -> None:
 @contextlib.contextmanager
 def holding(work: Path, recipe: Recipe, inputs: str) -> Iterator[None]:
     """Hold the hidden folder of a run; if it fails before anything was pruned it goes, so that nothing is in the way."""
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(work / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise StoreError(f"cannot write {shown(work)}: {error.strerror or error}; choose another folder") from error
-    try:
-        _lock(descriptor, work)
+    with atomic.alone(work):
         atomic.sweep(work)
         _same(work, inputs)
         atomic.write_json(work / "recipe.json", recipe.plain())
         yield from _clearing(work)
-    finally:
-        os.close(descriptor)
 
 
 def _clearing(work: Path) -> Iterator[None]:
@@ -104,14 +95,3 @@ def _same(work: Path, inputs: str) -> None:
         atomic.write_json(path, inputs)
     elif path.read_text(encoding="utf-8") != json.dumps(inputs) + "\n":
         raise StoreError(f"the text or the model has changed since the run was stopped: remove {shown(work)} to start anew")
-
-
-def _lock(descriptor: int, work: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # no such locks on Windows: two commands into one folder are then the user's own care
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise StoreError(f"another openwork is at work in {shown(work)}: wait for it, or choose another --out") from None

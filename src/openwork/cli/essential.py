@@ -71,6 +71,7 @@ def essential(
 
     from rich.console import Console
 
+    from openwork import atomic
     from openwork.cli import _essential
     from openwork.cli._sparsify_bars import Bars
 
@@ -84,7 +85,8 @@ def essential(
     try:
         with bars.status("reading model and text ..."):
             ready = _essential.prepare(recipe)
-        with _essential.alone(folder):
+        with atomic.alone(folder):
+            atomic.sweep(folder)
             with bars.counting("points") as advance:
                 found = _essential.curves(recipe, ready, folder, advance)
             with bars.status("intervals ..."):

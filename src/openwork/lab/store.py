@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -50,16 +49,9 @@ class Store:
         Raises:
             StoreError: if another process holds it.
         """
-        path = self.folder / ".lock"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            _flock(descriptor, path)
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, str(os.getpid()).encode())
+        with atomic.alone(self.folder):
             atomic.sweep(self.folder)
             yield
-        finally:
-            os.close(descriptor)
 
     def place(self, trial: Trial) -> Path:
         """Return the trial's own folder."""
@@ -126,17 +118,3 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
-
-
-def _flock(descriptor: int, path: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # no such locks on Windows: two commands in one folder are then the user's own care
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        owner = path.read_text(errors="replace").strip() or "unknown"
-        raise StoreError(
-            f"another openwork (process {owner}) is running in {str(path.parent)!r}; wait for it or choose another --out"
-        ) from None

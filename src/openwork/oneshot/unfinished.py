@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -56,7 +55,7 @@ class Unfinished:
             (self.folder / "out").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StoreError(f"cannot make {str(self.folder)!r}: {error.strerror}; choose another out") from error
-        with _alone(self.folder):
+        with atomic.alone(self.folder, "lock", choose="out"):
             for place in (self.folder, self.folder / "out", self.folder / "masks"):
                 atomic.sweep(place)
             if (self.folder / STATE).is_file():
@@ -171,23 +170,3 @@ def _header(path: Path) -> dict[str, Any]:
         header: dict[str, Any] = json.loads(stream.read(length))
     header.pop("__metadata__", None)
     return header
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; the system lets go of it when the process ends, however it ends."""
-    try:
-        import fcntl
-    except ImportError:  # a system without such locks
-        yield
-        return
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        raise StoreError(f"another process works in {str(folder)!r}: wait for it, or choose another out") from error
-    try:
-        yield
-    finally:
-        os.close(descriptor)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -200,12 +200,11 @@ def _planned(dense: nn.Module, example: Any, margin: float, repeats: int, count:
     seen = capture(dense, example)
     layers = {name: layer for name, layer in dense.named_modules() if is_candidate(layer)}
     blank = Record("dense", threads=count, example=record.describe(example), tree=record.tree(example))
-    attempt = _graph(dense, example, layers, seen, margin, repeats, blank) or _layers(
-        dense, layers, seen, margin, repeats, blank
-    )
+    race = _Race(layers, seen, margin, repeats)
+    attempt = _graph(dense, example, race, blank) or _layers(dense, race, blank)
     kept, times, problem = _judged(dense, attempt, example, margin, repeats)
     if problem and attempt.record.mode == "graph":  # whole stretches do not pay; single layers still may
-        attempt = _layers(dense, layers, seen, margin, repeats, blank)
+        attempt = _layers(dense, race, blank)
         kept, times, problem = _judged(dense, attempt, example, margin, repeats)
     choices = [_kept_dense(choice) for choice in attempt.choices] if problem else attempt.choices
     note = f"{problem}: the model stays dense" if problem else ""
@@ -242,62 +241,60 @@ def _judged(
     return (dense if problem else attempt.model), times, problem
 
 
-def _layers(
-    dense: nn.Module, layers: Mapping[str, nn.Module], seen: Mapping[nn.Module, Seen], margin: float, repeats: int,
-    blank: Record,
-) -> _Attempt:  # fmt: skip
+@dataclass
+class _Race:
+    """The race of the formats of every layer: run for a layer when it is asked for, and once."""
+
+    layers: Mapping[str, nn.Module]
+    seen: Mapping[nn.Module, Seen]
+    margin: float
+    repeats: int
+    done: dict[str, tuple[Choice, nn.Module | None]] = field(default_factory=dict)
+
+    def run(self, names: Iterable[str]) -> tuple[dict[str, Choice], dict[str, nn.Module]]:
+        """Return the choice of each of these layers, and the packed layers that won, by name."""
+        names = list(names)
+        for name in names:
+            if name not in self.done:
+                layer = self.layers[name]
+                self.done[name] = choose(name or "(model)", layer, self.seen.get(layer), self.repeats, self.margin)
+        found = {name: self.done[name] for name in names}
+        winners = {name: winner for name, (_, winner) in found.items() if winner is not None}
+        return {name: choice for name, (choice, _) in found.items()}, winners
+
+    def chained(self, model: nn.Module, winners: Mapping[str, nn.Module]) -> list[str]:
+        """Run packed layers that follow one another as one, where that is faster; return the modules that hold them."""
+        return chaining.put(model, {name: noise(name, self.seen[self.layers[name]]) for name in winners}, CHAINED)
+
+
+def _layers(dense: nn.Module, race: _Race, blank: Record) -> _Attempt:
     """Race the formats of every layer."""
-    choices, winners = _raced(layers, seen, margin, repeats)
+    choices, winners = race.run(race.layers)
     formats = {name: choice.chosen for name, choice in choices.items() if choice.chosen != "dense"}
     model = replaced(dense, winners)
-    made = replace(
-        blank, mode="layers" if formats else "dense", formats=formats, chains=_chained(model, winners, layers, seen)
-    )
+    made = replace(blank, mode="layers" if formats else "dense", formats=formats, chains=race.chained(model, winners))
     return _Attempt(model, list(choices.values()), made)
 
 
-def _graph(
-    dense: nn.Module, example: Any, layers: Mapping[str, nn.Module], seen: Mapping[nn.Module, Seen], margin: float,
-    repeats: int, blank: Record,
-) -> _Attempt | None:  # fmt: skip
+def _graph(dense: nn.Module, example: Any, race: _Race, blank: Record) -> _Attempt | None:
     """Put islands where they can be; None where there is nothing for them. Formats race for the layers left over."""
     islands = graft.graft(graft.twin(dense), example)
     inside = {name for island in islands for name in island.layers}
-    if not any(name in inside for name in layers):
+    if not any(name in inside for name in race.layers):
         return None
-    choices, winners = _raced({name: layer for name, layer in layers.items() if name not in inside}, seen, margin, repeats)
+    choices, winners = race.run(name for name in race.layers if name not in inside)
     model = replaced(dense, winners)
     model = graft.twin(dense) if model is dense else model
-    chains = _chained(model, winners, layers, seen)
+    chains = race.chained(model, winners)
     islands = graft.graft(model, example)
     sizes = graft.shapes(model, islands, example)
     ways = graft.tuned(sizes, blank.threads)
     for one in graft.profiles(sizes, blank.threads):
-        if one.layer in layers:
-            choices[one.layer] = _measured(one, layers[one.layer], seen)
+        if one.layer in race.layers:
+            choices[one.layer] = _measured(one, race.layers[one.layer], race.seen)
     formats = {name: choice.chosen for name, choice in choices.items() if name not in inside and choice.chosen != "dense"}
     made = replace(blank, mode="graph", formats=formats, ways=_written(ways), chains=chains)
-    return _Attempt(model, [choices[name] for name in layers if name in choices], made)
-
-
-def _chained(
-    model: nn.Module, winners: Mapping[str, nn.Module], layers: Mapping[str, nn.Module], seen: Mapping[nn.Module, Seen]
-) -> list[str]:  # fmt: skip
-    """Run packed layers that follow one another as one, where that is faster; return the modules that hold them."""
-    return chaining.put(model, {name: noise(name, seen[layers[name]]) for name in winners}, CHAINED)
-
-
-def _raced(
-    layers: Mapping[str, nn.Module], seen: Mapping[nn.Module, Seen], margin: float, repeats: int
-) -> tuple[dict[str, Choice], dict[str, nn.Module]]:
-    """Return the choice of every layer and the packed layers that won, by name."""
-    choices: dict[str, Choice] = {}
-    winners: dict[str, nn.Module] = {}
-    for name, layer in layers.items():
-        choices[name], winner = choose(name or "(model)", layer, seen.get(layer), repeats, margin)
-        if winner is not None:
-            winners[name] = winner
-    return choices, winners
+    return _Attempt(model, [choices[name] for name in race.layers if name in choices], made)
 
 
 def _measured(one: Any, layer: nn.Module, seen: Mapping[nn.Module, Seen]) -> Choice:
