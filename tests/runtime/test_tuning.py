@@ -79,8 +79,8 @@ def test_known_sizes(rows: int, share: float, shape: tuple[int, int], columns: i
 
 def test_threads_get_units_enough_and_one_thread_as_few_as_can_be() -> None:
     for columns, images, threads in itertools.product((16, 64, 784), (1, 8), (2, 4, 16)):
-        for entries, enough in ((2**20, tuning.UNITS * threads), (2**14, threads)):  # few entries do not pay for copies
-            tiling = default_tiling(1, entries, (1024, 1024), columns, WIDE, threads, images)
+        for entries, enough in ((2**21, tuning.UNITS * threads), (2**14, threads)):  # few entries do not pay for copies
+            tiling = default_tiling(1, entries, (2048, 1024), columns, WIDE, threads, images)
             tiles = -(-columns // (16 * tiling.vectors))
             assert images * tiles * tiling.chunks >= enough
         alone = default_tiling(1, 104858, (1024, 1024), columns, WIDE, 1, images)

@@ -144,7 +144,7 @@ def _tiling(
     units = images * -(-total // vectors)
     chunks = -(-groups * rows * slice_bytes // SUMS) if parts > 1 else 1
     if threads > 1:
-        spare = entries * rows // (16 * max(1, width))  # a chunk more is a copy of the slice more
+        spare = entries * rows // (32 * max(1, width))  # a chunk more is a copy of the slice more
         chunks = max(chunks, min(-(-UNITS * threads // units), max(spare, threads)))
     chunks = 1 << (min(chunks, groups) - 1).bit_length()
     return Tiling(vectors, max(1, -(-width // parts)), max(1, min(chunks, groups)))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import functools
 import threading
 import weakref
@@ -69,6 +70,37 @@ def test_every_unit_once_and_stages_in_order(target: str, sizes: list[list[int]]
             program.run(threads)
             for stage, right in zip(arrays, wanted, strict=True):
                 assert all(np.array_equal(one, two) for one, two in zip(stage, right, strict=True)), turn
+
+
+def ticket_text(name: str, target: str) -> str:
+    """y[unit] = x[0] and x[0] += 1: the turn at which a unit came, where one thread runs them all."""
+    e = Emitter(name, targets()[target])
+    x, y = e.pointer(0), e.pointer(1)
+    turn = e.load(x, e.i64, 8)
+    e.store(turn, e.item(y, e.unit, e.i64), 8)
+    e.store(e.b.add(turn, e.int(1)), x, 8)
+    return e.text()
+
+
+@pytest.mark.parametrize("target", targets())
+@pytest.mark.parametrize("units", [0, 1, 2, 7, 12])
+@pytest.mark.parametrize("number", [0, 1, 2, 3])
+def test_a_thread_begins_with_its_own_share_and_goes_on_with_the_next(
+    target: str, units: int, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, shares = f"test_ticket_{target}", min(3, launch.SHARES)
+    where = jit.address(name, targets()[target], functools.partial(ticket_text, name, target))
+    turn, turns = np.zeros(1, np.int64), np.full(units, -1, np.int64)
+    program = Program([[Call(where, np.array([turn.ctypes.data, turns.ctypes.data], np.int64), units)]], targets()[target])
+    told = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: number)
+    monkeypatch.setattr(launch, "_number", lambda: ctypes.cast(told, ctypes.c_void_p).value)
+    monkeypatch.setattr(launch, "_team", lambda work, data, count: launch._call(work)(data))
+    program.run(min(shares, max(1, units)))
+    count = max(1, min(shares, units))
+    begin = [units * share // count for share in range(count + 1)]
+    order = [(number if count > 1 else 0) + step for step in range(count)]
+    expected = [unit for share in order for unit in range(begin[share % count], begin[share % count + 1])]
+    assert turns[expected].tolist() == list(range(units))
 
 
 def test_more_threads_than_units(monkeypatch: pytest.MonkeyPatch) -> None:
