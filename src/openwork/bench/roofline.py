@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -31,7 +30,7 @@ import torch
 
 from openwork.runtime.kernels import jit
 from openwork.runtime.kernels.emit import Emitter
-from openwork.runtime.kernels.target import Target, host
+from openwork.runtime.kernels.target import Target, first_cache, host
 
 SUMS = 8
 """Registers that the load kernel adds into."""
@@ -57,7 +56,7 @@ class Limits:
         flops: multiply-adds in registers, two operations each, per second.
         reads: bytes a thread of the array, and bytes per second of all threads; the first is the first cache.
         triad: bytes per second of a = b + s c on arrays far larger than the inner caches, three transfers an entry.
-        cache: bytes of the first data cache of a core, 0 where the system does not tell.
+        cache: bytes of the first data cache of a core, 0 where it is not known.
     """
 
     target: str
@@ -163,14 +162,6 @@ def measure(threads: int) -> Limits | None:
     flops = _best(multiply_adds(target), threads)
     reads = tuple((size, _best(loads(target, size), threads)) for size in SIZES)
     return Limits(target.name, target.lanes, threads, flops, reads, _triad(threads), first_cache())
-
-
-def first_cache() -> int:
-    """Return the bytes of a core's first data cache, 0 where the system does not tell."""
-    try:
-        return max(0, os.sysconf("SC_LEVEL1_DCACHE_SIZE"))
-    except (AttributeError, ValueError, OSError):
-        return 0
 
 
 @dataclass(frozen=True)
