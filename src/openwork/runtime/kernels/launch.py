@@ -71,6 +71,7 @@ class Program:
                 (SHARES * len(flat) + number) * LINE, total,
             )  # fmt: skip
         self._context = np.array([self._table.ctypes.data, len(flat), self._counters.ctypes.data, 1, 0], np.int64)
+        self._count = 1
         self._worker = worker(target)
         self._data = int(self._context.ctypes.data)
         self.widest = max((sum(call.units for call in stage) for stage in stages), default=0)
@@ -80,11 +81,12 @@ class Program:
         """Run all stages with at most `threads` threads, the caller's included."""
         self._counters.fill(0)
         count = min(threads, self.widest)
+        if count != self._count:  # a small product feels the words being written at every call
+            self._count = count
+            self._context[3:] = (min(count, SHARES), _number()) if count > 1 else (1, 0)
         if count <= 1:
-            self._context[3:] = 1, 0
             _call(self._worker)(self._data)
         else:
-            self._context[3:] = min(count, SHARES), _number()
             _team(self._worker, self._data, count)
 
 
